@@ -1,0 +1,409 @@
+"""Where does aiohttp keep back-references? Every private attribute, each once.
+
+Nothing else in the package touches a private attribute of aiohttp or asyncio.
+Each function says which versions of aiohttp have what it touches, and does
+nothing where that is missing.
+"""
+
+import asyncio
+from collections import deque
+from functools import partial
+from types import FrameType
+from typing import Any, Callable, Iterator, List, Optional, Tuple, Type
+
+from aiohttp import web, web_app, web_protocol
+from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.web_urldispatcher import SystemRoute
+
+from .sever import frames_of, is_exception
+
+__all__ = (
+    "GuardedProtocol",
+    "body_size",
+    "connection_frame",
+    "forget_missing_route",
+    "frame_of_response",
+    "guard_connections",
+    "is_awaited",
+    "is_websocket_of",
+    "keeps_nothing",
+    "kept_exceptions",
+    "lacks",
+    "make_innermost",
+    "make_outermost",
+    "missing_route",
+    "release_body",
+    "release_payload",
+    "release_websocket",
+    "request_task",
+    "response_of",
+    "run_middlewares",
+    "subapps",
+)
+
+
+_HANDLE_REQUEST = getattr(
+    getattr(web_protocol.RequestHandler, "_handle_request", None), "__code__", None
+)
+
+
+def request_task(request: web.BaseRequest) -> "Optional[asyncio.Task[Any]]":
+    """The task that aiohttp made for this request.
+
+    That is mostly the current one.  Below :func:`asyncio.shield` or
+    :func:`asyncio.wait_for` (before Python 3.12) it is not; then it is the one
+    that the connection's task waits for.
+
+    aiohttp: ``RequestHandler._handle_request`` and ``._current_request``,
+    ``BaseRequest._payload_writer``, 3.8 to 3.14.
+    asyncio: ``Task._fut_waiter``, 3.8 to 3.14.
+
+    Returns:
+        The task, or None when the request is not being served (a mocked one).
+    """
+    current = asyncio.current_task()
+    if current is not None:
+        if getattr(current.get_coro(), "cr_code", None) is _HANDLE_REQUEST:
+            return current
+    # In a task of the application's own: aiohttp must still be at this request.
+    served = getattr(request.protocol, "_current_request", None)
+    if getattr(served, "_payload_writer", None) is not request.writer:
+        return None
+    waiting_for = getattr(request.task, "_fut_waiter", None)
+    return waiting_for if isinstance(waiting_for, asyncio.Task) else None
+
+
+def is_awaited(request: web.BaseRequest, task: "asyncio.Future[Any]") -> bool:
+    """Whether the connection's task has yet to learn that a request's is done.
+
+    asyncio: ``Task._fut_waiter``, 3.8 to 3.14.  Without it the answer is yes.
+    """
+    return getattr(request.task, "_fut_waiter", task) is task
+
+
+def response_of(task: "asyncio.Future[Any]") -> Optional[web.StreamResponse]:
+    """The response that a request's task, which is done, was for.
+
+    aiohttp: what ``RequestHandler._handle_request`` returns, 3.8 to 3.14.
+    """
+    if task.cancelled() or task.exception() is not None:
+        return None
+    response: Optional[web.StreamResponse] = task.result()[0]
+    return response
+
+
+def is_websocket_of(request: web.BaseRequest, value: object) -> bool:
+    """Whether a value is this request's websocket, and not that of another one.
+
+    A handler that broadcasts has those of others among its locals.
+
+    aiohttp: ``StreamResponse._req`` and ``BaseRequest._payload_writer``, which a clone
+    of the request shares, 3.8 to 3.14.
+    """
+    if not issubclass(type(value), web.WebSocketResponse):
+        return False
+    own = getattr(value, "_req", None)
+    return own is not None and own._payload_writer is request._payload_writer
+
+
+def release_websocket(
+    request: web.BaseRequest, response: Optional[web.StreamResponse]
+) -> None:
+    """Cut a finished websocket off from its request, its timers and the connection.
+
+    aiohttp: ``StreamResponse._req``, 3.8 to 3.14; the timers of the heartbeat, 3.8
+    to 3.14, some of which a dead peer leaves behind; and
+    ``RequestHandler._data_received_cb``, 3.14.
+    """
+    if response is None or not is_websocket_of(request, response):
+        return
+    for name in ("_heartbeat_cb", "_pong_heartbeat_cb", "_pong_response_cb"):
+        timer = getattr(response, name, None)
+        if isinstance(timer, asyncio.Handle):
+            timer.cancel()
+            setattr(response, name, None)
+    protocol: Any = getattr(getattr(response, "_req", None), "protocol", None)
+    if getattr(protocol, "_data_received_cb", None) is not None:
+        protocol._data_received_cb = None
+    response._req = None
+
+
+def frame_of_response(exc: BaseException) -> Optional[FrameType]:
+    """Aiohttp's own frame that holds an exception which was raised as the response.
+
+    aiohttp: the local ``resp`` of ``RequestHandler._handle_request``, 3.8 to 3.14.
+    """
+    outermost = next(frames_of(exc), None)
+    if outermost is not None and outermost.f_code is _HANDLE_REQUEST:
+        return outermost
+    return None
+
+
+def connection_frame(task: "asyncio.Task[Any]") -> Optional[FrameType]:
+    """The frame of a connection's task, alive for as long as the connection.
+
+    aiohttp: ``RequestHandler.start``, 3.8 to 3.14; its locals keep the last
+    request, response and task, and before 3.11.14 the connection's own task.
+    """
+    frame: Optional[FrameType] = getattr(task.get_coro(), "cr_frame", None)
+    return frame
+
+
+_PAYLOAD_ACCESS_ERROR: Optional[BaseException] = getattr(
+    web_protocol, "_PAYLOAD_ACCESS_ERROR", None
+)
+
+
+def keeps_nothing(request: web.Request) -> bool:
+    """Whether a request has no body, nothing stored, and a route.
+
+    aiohttp: ``BaseRequest._payload`` and ``._state``, ``Request._match_info``, 3.8
+    to 3.14.  Without them the answer is no.
+    """
+    try:
+        return (
+            request._payload is EMPTY_PAYLOAD
+            and not request._state
+            and type(request._match_info) is web.UrlMappingMatchInfo
+        )
+    except AttributeError:
+        return False
+
+
+def kept_exceptions(request: web.BaseRequest) -> List[BaseException]:
+    """The exceptions that a request holds itself: of its body, and stored.
+
+    aiohttp: ``BaseRequest._payload`` and ``._state``, 3.8 to 3.14.
+    """
+    kept: List[BaseException] = []
+    payload = getattr(request, "_payload", EMPTY_PAYLOAD)
+    if payload is not EMPTY_PAYLOAD:
+        error: Any = payload.exception()
+        # It may be a class, and one for all requests is none of this one's.
+        if is_exception(error) and error is not _PAYLOAD_ACCESS_ERROR:
+            kept.append(error)
+    state = getattr(request, "_state", None)
+    if state:
+        kept += filter(is_exception, state.values())
+    return kept
+
+
+def release_payload(request: web.BaseRequest) -> bool:
+    """Let a body that is read too late raise an error of the reader's own.
+
+    After the response aiohttp arms the payload with a ``PayloadAccessError``.
+    From 3.10.6 on that is one instance for the whole process
+    (``web_protocol._PAYLOAD_ACCESS_ERROR``): its traceback gathers the frames of
+    all who read too late, for good.  Before, it is one a request, which holds
+    the request in a reference cycle.  A stream reader raises a fresh instance
+    when it is armed with the class.
+
+    aiohttp: 3.8 to 3.14.
+
+    Returns:
+        Whether the payload is armed, so that nothing is left to do.
+    """
+    payload = request.content
+    error = payload.exception()
+    if isinstance(error, web.PayloadAccessError):
+        payload.set_exception(web.PayloadAccessError)  # type: ignore[arg-type]
+        return True
+    return error is not None
+
+
+def release_body(request: web.BaseRequest, error: Type[BaseException]) -> None:
+    """Let go of what a request has of its body, once aiohttp has done with it.
+
+    aiohttp: ``BaseRequest._read_bytes`` and ``._post``, ``StreamReader._buffer``,
+    3.8 to 3.14.
+
+    Args:
+        request: the request.
+        error: what whoever reads the body then is told, by a class so that each
+            reader gets an instance of its own.
+    """
+    request.content.set_exception(error)  # type: ignore[arg-type]
+    for owner, name, nothing in (
+        (request, "_read_bytes", None),
+        (request, "_post", None),
+        (request.content, "_buffer", deque()),
+    ):
+        if hasattr(owner, name):
+            setattr(owner, name, nothing)
+
+
+def body_size(request: web.BaseRequest) -> int:
+    """How many bytes of its body a request still has.
+
+    aiohttp: ``BaseRequest._read_bytes``, ``StreamReader._size``, 3.8 to 3.14.
+    """
+    read = getattr(request, "_read_bytes", None) or b""
+    return len(read) + sum(map(len, getattr(request.content, "_buffer", ())))
+
+
+def missing_route(request: web.BaseRequest) -> Optional[web.HTTPException]:
+    """The 404 or 405 of a request for which there is no route.
+
+    aiohttp: ``Request._match_info``, 3.8 to 3.14.  A request of the low-level
+    server has none.
+    """
+    match_info: Any = getattr(request, "_match_info", None)
+    error: Optional[web.HTTPException] = getattr(match_info, "http_exception", None)
+    return error
+
+
+async def _raise_missing(
+    error: web.HTTPException, _: web.Request
+) -> web.StreamResponse:
+    raise error
+
+
+def forget_missing_route(request: web.BaseRequest) -> None:
+    """Open the reference cycle of the route that stands for a 404 or 405.
+
+    ``SystemRoute._handler`` is a method bound to the route itself: 3.8 to 3.14
+    (aiohttp issue #10573).  The route stays usable.
+
+    3.10.6 to 3.10.10 keep every such route in an unbounded ``lru_cache``
+    (``web_app._build_middlewares``) once the application has any middleware:
+    CVE-2024-52303.  Those before and after cache nothing of the kind.
+    """
+    route: Any = getattr(getattr(request, "_match_info", None), "route", None)
+    error = missing_route(request)
+    if isinstance(route, SystemRoute) and error is not None:
+        route._handler = partial(_raise_missing, error)
+    if _forget_chains is not None:
+        _forget_chains()
+
+
+_forget_chains: Optional[Callable[[], None]] = getattr(
+    getattr(web_app, "_build_middlewares", None), "cache_clear", None
+)
+
+
+def subapps(app: web.Application) -> Iterator[web.Application]:
+    """Every application below this one, at any depth.
+
+    aiohttp: ``Application._subapps``, 3.8 to 3.14.
+    """
+    for subapp in getattr(app, "_subapps", ()):
+        yield subapp
+        yield from subapps(subapp)
+
+
+def make_innermost(app: web.Application, middleware: Callable[..., Any]) -> None:
+    """Make a middleware the innermost of an application, frozen or not.
+
+    Adding a sub-application freezes its middlewares, long before anything runs.
+
+    aiohttp: ``Application._middlewares_handlers``, 3.8 to 3.14, innermost first.
+    """
+    middlewares = app.middlewares
+    if not middlewares.frozen:
+        if middleware in middlewares:
+            middlewares.remove(middleware)
+        middlewares.append(middleware)
+        return
+    handlers: Optional[Tuple[Any, ...]] = getattr(app, "_middlewares_handlers", None)
+    if isinstance(handlers, tuple):
+        others = tuple(each for each in handlers if each[0] is not middleware)
+        app._middlewares_handlers = ((middleware, True), *others)
+
+
+def make_outermost(app: web.Application, middleware: Callable[..., Any]) -> None:
+    """Make a middleware the outermost of an application that is not frozen yet."""
+    if not app.middlewares.frozen:
+        app.middlewares.remove(middleware)
+        app.middlewares.insert(0, middleware)
+
+
+class GuardedProtocol:
+    """What the connections of a guarded server have in common."""
+
+    __slots__ = ()
+
+
+def lacks() -> List[str]:
+    """What :func:`guard_connections` needs and this aiohttp does not have."""
+    needed = {
+        "web_protocol._ErrInfo": (web_protocol, "_ErrInfo"),
+        "RequestHandler._messages": (web_protocol.RequestHandler, "_messages"),
+        "RequestHandler._task_handler": (web_protocol.RequestHandler, "_task_handler"),
+        "RequestHandler._request_handler": (
+            web_protocol.RequestHandler,
+            "_request_handler",
+        ),
+        "BaseRunner.server": (web.BaseRunner, "server"),
+    }
+    return [
+        name for name, (owner, name_) in needed.items() if not hasattr(owner, name_)
+    ]
+
+
+def guard_connections(
+    server: web.Server,
+    *,
+    connected: Callable[[Any], None],
+    refused: Callable[[Any, BaseException], None],
+    around: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> bool:
+    """Make a server, and no other, tell of its connections and requests.
+
+    Its class and that of the connections it makes become subclasses of what they
+    are: nothing that other servers share is touched.
+
+    aiohttp: ``RequestHandler._task_handler``, ``._messages``, ``._request_handler``
+    and ``web_protocol._ErrInfo``, 3.8 to 3.14; see :func:`lacks`.
+
+    Args:
+        server: the server, before its first connection.
+        connected: called with the task of each connection.
+        refused: called with that task and what was wrong with a request.
+        around: makes the handler of all requests from the server's own.
+
+    Returns:
+        Whether it was not guarded yet.
+    """
+    if isinstance(server, _GuardedServer):
+        return False
+    handler_class: Any = web_protocol.RequestHandler
+    error_class: Any = web_protocol._ErrInfo
+
+    class GuardedRequestHandler(handler_class, GuardedProtocol):  # type: ignore[misc]
+        __slots__ = ()
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            connected(self._task_handler)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            messages = self._messages
+            if messages and isinstance(messages[-1][0], error_class):
+                refused(self._task_handler, messages[-1][0].exc)
+
+    base: Any = type(server)
+
+    class GuardedServer(base, _GuardedServer):  # type: ignore[misc]
+        def __call__(self) -> Any:
+            protocol = super().__call__()
+            if type(protocol) is handler_class:
+                protocol.__class__ = GuardedRequestHandler
+                protocol._request_handler = handler
+            return protocol
+
+    handler = around(server.request_handler)
+    server.__class__ = GuardedServer
+    return True
+
+
+class _GuardedServer:
+    pass
+
+
+def run_middlewares(app: web.Application) -> None:
+    """Let an application run middlewares that it was started without.
+
+    aiohttp: ``Application._run_middlewares``, 3.8 to 3.14.
+    """
+    app._run_middlewares = True
