@@ -1,0 +1,116 @@
+"""What was asked for? The options, checked when they are given, and the kill switch."""
+
+import inspect
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any, Callable, Optional, Set, Type
+
+from aiohttp import web
+
+__all__ = (
+    "BodyReleasedError",
+    "BreakEvent",
+    "Options",
+    "make_options",
+    "switched_off",
+)
+
+logger = logging.getLogger("aiohttp_cyclebreak")
+
+_VARIABLE = "AIOHTTP_CYCLEBREAK"
+_not_understood: Set[str] = set()
+
+
+@dataclass(frozen=True)
+class BreakEvent:
+    """What was cut for one exception of one request, given to ``on_break``.
+
+    It never holds a path, a query, a header or a body.
+
+    Attributes:
+        method: the request's method.
+        route: the canonical path of its route, such as ``/users/{name}``; None
+            where no route matched.
+        exception: the type of the exception that the request met.
+        exceptions: how many exceptions were severed: itself, its causes and
+            contexts, the members of groups.
+        tracebacks: how many entries of their tracebacks hold nothing any more.
+        frames: how many frames were cleared of their locals.
+
+    .. versionadded:: 0.1.0
+    """
+
+    method: str
+    route: Optional[str]
+    exception: Type[BaseException]
+    exceptions: int
+    tracebacks: int
+    frames: int
+
+
+class BodyReleasedError(web.PayloadAccessError):
+    """A request's body is read after it was let go.
+
+    Raised by ``await request.read()`` and its like, in a background task that
+    outlives the response, where ``release_body=True`` was asked for.  Read the body
+    before the response, and hand over what was read.
+
+    .. versionadded:: 0.1.0
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the body was let go after the response, as release_body=True of "
+            "aiohttp_cyclebreak says: read it before, and keep what was read"
+        )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one ``cyclebreak()``, ``setup()`` or decorator was asked for."""
+
+    clear_frames: bool = True
+    keep: Optional[Callable[[web.Request, BaseException], bool]] = None
+    on_break: Optional[Callable[[BreakEvent], Any]] = None
+    release_body: bool = False
+
+
+def make_options(
+    clear_frames: Any, keep: Any, on_break: Any, release_body: Any
+) -> Options:
+    """Check the options of a call.
+
+    Raises:
+        TypeError: an option is of the wrong type; the message names it.
+    """
+    for name, value in (("clear_frames", clear_frames), ("release_body", release_body)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, not {value!r}")
+    for name, function in (("keep", keep), ("on_break", on_break)):
+        if function is None:
+            continue
+        if not callable(function):
+            raise TypeError(f"{name} must be a function or None, not {function!r}")
+        # Nobody would await it, and what it returns is always true.
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            getattr(function, "__call__", None)  # noqa: B004
+        ):
+            raise TypeError(
+                f"{name} must be a plain function, not the coroutine function "
+                f"{function!r}"
+            )
+    return Options(clear_frames, keep, on_break, release_body)
+
+
+def switched_off() -> bool:
+    """Whether the environment variable ``AIOHTTP_CYCLEBREAK`` says ``off``."""
+    value = os.environ.get(_VARIABLE, "").strip().lower()
+    if value not in ("", "on", "off") and value not in _not_understood:
+        _not_understood.add(value)
+        logger.warning(
+            "%s=%s is not understood and changes nothing: set it to off or on",
+            _VARIABLE,
+            value,
+        )
+    return value == "off"

@@ -1,0 +1,423 @@
+"""How are references cut? Exceptions, tracebacks and frames; nothing of aiohttp.
+
+The cut that does it is emptying frames.  A traceback whose frames are empty
+still prints in full (file, line and function live in code objects), so whoever
+holds the exception for longer than the request loses no line of it.
+"""
+
+import builtins
+import contextlib
+import dis
+import gc
+import inspect
+import sys
+from dataclasses import dataclass
+from types import FrameType, FunctionType, TracebackType
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple
+
+__all__ = (
+    "COUNTS_ARE_EXACT",
+    "Cut",
+    "detach",
+    "empty_with_callers",
+    "frames_of",
+    "graph",
+    "in_flight",
+    "is_exception",
+    "is_finished",
+    "leads_on",
+    "owns_its_traceback",
+    "sever",
+)
+
+# Read and written through the descriptors of BaseException itself: a subclass may
+# shadow them with properties that raise, or forbid setattr.
+_TRACEBACK: Any = BaseException.__dict__["__traceback__"]
+_CAUSE: Any = BaseException.__dict__["__cause__"]
+_CONTEXT: Any = BaseException.__dict__["__context__"]
+_SUPPRESS_CONTEXT: Any = BaseException.__dict__["__suppress_context__"]
+
+_DICT: Any = BaseException.__dict__["__dict__"]
+_SEVERED = "_cyclebreak_severed"  # among an exception's attributes
+
+# From CPython 3.14 on, and without a global interpreter lock, sys.getrefcount() does
+# not count every reference.
+COUNTS_ARE_EXACT = (
+    sys.version_info < (3, 14) and getattr(sys, "_is_gil_enabled", lambda: True)()
+)
+
+_GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+_RESUMABLE = _GENERATOR | inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one severing took apart.
+
+    Attributes:
+        exceptions: exceptions that were severed.
+        tracebacks: entries of their tracebacks that hold nothing any more,
+            because their frame was emptied or they were taken off.
+        frames: frames whose locals were cleared.
+    """
+
+    exceptions: int = 0
+    tracebacks: int = 0
+    frames: int = 0
+
+
+if sys.version_info >= (3, 11):
+
+    def is_finished(frame: FrameType) -> bool:
+        """Whether a frame has certainly left execution for good.
+
+        A suspended coroutine's frame must not be cleared: before Python 3.13
+        :meth:`frame.clear` closes it, and whoever awaits it waits for ever.
+        """
+        # A frame object owns its code and locals only once execution is over;
+        # until then the thread's stack or the generator does, and frame_traverse()
+        # in CPython's Objects/frameobject.c shows the collector neither.
+        return frame.f_code in gc.get_referents(frame)
+
+else:
+    _YIELD_VALUE = dis.opmap["YIELD_VALUE"]
+    _YIELD_FROM = dis.opmap["YIELD_FROM"]
+
+    def is_finished(frame: FrameType) -> bool:
+        """Whether a frame is certainly not suspended.
+
+        A suspended coroutine's frame must not be cleared: before Python 3.13
+        :meth:`frame.clear` closes it, and whoever awaits it waits for ever.
+        That of one which executes cannot be: it raises :exc:`RuntimeError`.
+        """
+        code = frame.f_code
+        if not code.co_flags & _RESUMABLE:
+            return True
+        # Suspended at an await, f_lasti is one instruction short of YIELD_FROM,
+        # which runs again on resumption; an exception that leaves the await moves
+        # it on.  A generator left by an exception thrown in at its yield looks
+        # suspended: an error on the side that does no harm.
+        last = frame.f_lasti
+        return (
+            last >= 0
+            and code.co_code[last] != _YIELD_VALUE
+            and code.co_code[last + 2 : last + 3] != bytes((_YIELD_FROM,))
+        )
+
+
+def is_exception(value: Any) -> bool:
+    """Whether a value is an exception, without asking it: it may be a lazy proxy."""
+    return issubclass(type(value), BaseException)
+
+
+def traceback_of(exc: BaseException) -> Optional[TracebackType]:
+    """The exception's traceback, whatever its class makes of the attribute."""
+    traceback: Optional[TracebackType] = _TRACEBACK.__get__(exc)
+    return traceback
+
+
+def frames_of(exc: BaseException) -> Iterator[FrameType]:
+    """The frames in the exception's traceback, outermost first."""
+    traceback = traceback_of(exc)
+    while traceback is not None:
+        yield traceback.tb_frame
+        traceback = traceback.tb_next
+
+
+if sys.version_info >= (3, 11):
+
+    def _group_type() -> Any:
+        return builtins.BaseExceptionGroup
+
+else:
+
+    def _group_type() -> Any:
+        # The backport is looked up, not imported: who uses it has imported it.
+        backport = sys.modules.get("exceptiongroup")
+        return getattr(backport, "BaseExceptionGroup", ())
+
+
+def _links(exc: BaseException) -> List[Tuple[Any, BaseException]]:
+    cause, context = _CAUSE.__get__(exc), _CONTEXT.__get__(exc)
+    group = _group_type()
+    is_group = issubclass(type(exc), group)  # what it says of itself may be a lie
+    if cause is None and context is None and not is_group:
+        return []
+    links = [(_CAUSE, cause)] if cause is not None else []
+    if context is not None:
+        links.append((_CONTEXT, context))
+    if is_group:
+        # Again by descriptor: a subclass may shadow the attribute.
+        links.extend((None, member) for member in group.exceptions.__get__(exc))
+    return links
+
+
+def graph(root: BaseException) -> List[BaseException]:
+    """Every exception that can be reached from one: causes, contexts, members.
+
+    Args:
+        root: where to start.
+
+    Returns:
+        The exceptions, the root first, each once, however the chain loops.
+    """
+    found = [root]
+    links = _links(root)
+    if not links:
+        return found
+    seen = {id(root)}
+    for exc in found:  # grows while it is walked: no recursion, however long
+        for _, target in links if exc is root else _links(exc):
+            if id(target) not in seen:
+                seen.add(id(target))
+                found.append(target)
+    return found
+
+
+def in_flight(exc: BaseException) -> bool:
+    """Whether somebody else still runs with the exception in hand.
+
+    That is so when its traceback leads through a coroutine that is suspended:
+    one exception can be raised in several tasks at once (a failed shared future,
+    a module's one instance).  Suspended generators do not count; they are mostly
+    the request's own, left behind by the exception.
+    """
+    traceback = _TRACEBACK.__get__(exc)
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if not is_finished(frame) and not frame.f_code.co_flags & _GENERATOR:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _open_loops(exceptions: List[BaseException]) -> None:
+    """Cut the links by which exceptions come back to themselves.
+
+    A printed traceback skips an exception that it has met already, so the text
+    stays as it was.
+    """
+    if not any(map(_links, exceptions)):
+        return
+    given = {id(exc) for exc in exceptions}
+    done: Set[int] = set()
+    for root in exceptions:
+        if id(root) in done:
+            continue
+        # Depth first, without recursion: each step is the exception, the link
+        # that led to it, and what is still to be looked at from there.
+        path = [(root, None, iter(_links(root)))]
+        position = {id(root): 0}
+        while path:
+            exc, _, links = path[-1]
+            for link, target in links:
+                if id(target) in done or id(target) not in given:
+                    continue
+                if id(target) not in position:
+                    position[id(target)] = len(path)
+                    path.append((target, link, iter(_links(target))))
+                    break
+                if link is not None:
+                    _unlink(exc, link)
+                    continue
+                # A group's members cannot be taken out: cut on the way to it.
+                for step in range(len(path) - 1, position[id(target)], -1):
+                    if path[step][1] is not None:
+                        _unlink(path[step - 1][0], path[step][1])
+                        break
+            else:
+                path.pop()
+                del position[id(exc)]
+                done.add(id(exc))
+
+
+def _unlink(exc: BaseException, link: Any) -> None:
+    suppress = _SUPPRESS_CONTEXT.__get__(exc)
+    link.__set__(exc, None)
+    _SUPPRESS_CONTEXT.__set__(exc, suppress)  # setting __cause__ changes it
+
+
+def empty(frame: FrameType) -> bool:
+    """Drop what a finished frame's locals hold.
+
+    Returns:
+        Whether the frame was finished; if not, nothing was done.
+    """
+    if not is_finished(frame):
+        return False
+    try:
+        frame.clear()
+    except RuntimeError:  # it executes, in this thread or in another
+        return False
+    if sys.version_info < (3, 13):
+        # Who looked at f_locals (Sentry does) left a dict of them in the frame,
+        # which clear() forgets: asking for it again brings it up to date.
+        frame.f_locals  # noqa: B018
+    return True
+
+
+def empty_with_callers(
+    frame: Optional[FrameType], visited: Dict[int, FrameType]
+) -> int:
+    """Empty a frame and, behind it, the finished frames that called it.
+
+    A traceback ends where the exception was caught, but its frames go on by
+    ``f_back``: from Python 3.11 up to the event loop's ``Handle``, which holds
+    the task, which holds the result.
+
+    Args:
+        frame: where to start.
+        visited: frames to stop at, by id; those emptied are added.
+
+    Returns:
+        How many frames were emptied.
+    """
+    emptied = 0
+    while frame is not None and id(frame) not in visited and empty(frame):
+        visited[id(frame)] = frame  # held, so that the id stays its own
+        emptied += 1
+        frame = frame.f_back
+    return emptied
+
+
+if (3, 11) <= sys.version_info < (3, 14):
+
+    def _empty_functions(frames: Iterable[FrameType]) -> None:
+        """Drop what a function closes over if only emptied frames still hold it.
+
+        From CPython 3.11 on a frame holds its function, which ``clear()`` does not
+        let go, and a function that is made in a handler closes over the request.
+        """
+        functions: Dict[int, List[Any]] = {}
+        for frame in frames:
+            if frame.f_code.co_flags & inspect.CO_NESTED:
+                for each in gc.get_referents(frame):
+                    if type(each) is FunctionType and each.__code__ is frame.f_code:
+                        functions.setdefault(id(each), [each, 0])[1] += 1
+        each = None
+        cells: Dict[int, List[Any]] = {}
+        while COUNTS_ARE_EXACT:
+            for function in _pop_unshared(functions):
+                function.__defaults__ = function.__kwdefaults__ = None
+                closure = function.__closure__
+                # The function, the variable, the argument: a copy shares it whole.
+                if closure is None or sys.getrefcount(closure) != 3:
+                    continue
+                for cell in closure:
+                    cells.setdefault(id(cell), [cell, 0])[1] += 1
+            function = closure = cell = None
+            unshared = _pop_unshared(cells)
+            for cell in unshared:
+                with contextlib.suppress(ValueError):  # it is empty
+                    del cell.cell_contents
+            if not unshared:  # or another function may have lost its last holder
+                break
+
+    def _pop_unshared(objects: Dict[int, List[Any]]) -> List[Any]:
+        """Take out the objects that have only the holders counted with them."""
+        unshared = [
+            key
+            for key, (each, holders) in objects.items()
+            if sys.getrefcount(each) == holders + _OWN_REFERENCES
+        ]
+        return [objects.pop(key)[0] for key in unshared]
+
+    # The entry of the dict, the variable of the loop, the argument of the call.
+    _OWN_REFERENCES = 3
+
+else:
+
+    def _empty_functions(frames: Iterable[FrameType]) -> None:
+        """Before CPython 3.11 a frame does not hold its function."""
+
+
+def leads_on(exc: BaseException) -> bool:
+    """Whether an exception has a cause, a context or members."""
+    return bool(_links(exc))
+
+
+def owns_its_traceback(exc: BaseException) -> bool:
+    """Whether an exception's frames go with its traceback, and that with it.
+
+    If something else refers to one of them, another exception that was caught there
+    or a generator that is suspended, taking the traceback off frees nothing.
+    """
+    traceback = _TRACEBACK.__get__(exc)
+    inner = outer = None
+    while traceback is not None:
+        # The exception or the entry before, the variable, the argument.
+        if sys.getrefcount(traceback) != 3:
+            return False
+        inner = traceback.tb_frame
+        # Its entry, the variable, the argument; and the frame that it called.
+        if outer is not None and sys.getrefcount(outer) != 3 + (inner.f_back is outer):
+            return False
+        outer = inner
+        traceback = traceback.tb_next
+    return inner is None or sys.getrefcount(inner) == 4  # of two variables
+
+
+def detach(exc: BaseException) -> None:
+    """Take the traceback off an exception."""
+    _TRACEBACK.__set__(exc, None)
+
+
+def sever(
+    exceptions: Iterable[BaseException],
+    *,
+    clear_frames: bool = True,
+    spare: Iterable[FrameType] = (),
+) -> Cut:
+    """Cut the reference cycles that lead through exceptions.
+
+    Args:
+        exceptions: what to sever, as :func:`graph` gives it: the root first.
+        clear_frames: empty the finished frames of each traceback; a frame that
+            may be suspended or executes is left alone.  Otherwise the tracebacks
+            are taken off the exceptions, locals and all.
+        spare: frames that something else still needs.
+
+    Returns:
+        What was cut.
+    """
+    exceptions = list(exceptions)
+    left_alone = {id(frame): frame for frame in spare}
+    visited = dict(left_alone)
+    tracebacks = cleared = 0
+    for exc in exceptions:
+        for frame in frames_of(exc):
+            if clear_frames:
+                cleared += empty_with_callers(frame, visited)
+            tracebacks += not clear_frames or (
+                id(frame) in visited and id(frame) not in left_alone
+            )
+        if clear_frames:
+            _forget_older_times(exc)
+        else:
+            detach(exc)
+    _empty_functions(frame for key, frame in visited.items() if key not in left_alone)
+    _open_loops(exceptions)
+    return Cut(len(exceptions), tracebacks, cleared)
+
+
+def _forget_older_times(exc: BaseException) -> None:
+    """Cut off the part of a traceback that was there when it was severed before.
+
+    One instance that is raised again and again puts the entries of each time before
+    those of the last, and would gather them for good.
+    """
+    attributes = _DICT.__get__(exc)
+    head = _TRACEBACK.__get__(exc)
+    before = attributes.get(_SEVERED)
+    entries = []
+    while head is not None:
+        entries.append(head)
+        head = head.tb_next
+    for number, entry in enumerate(entries[1:], 1):
+        if before == (id(entry), len(entries) - number):
+            entries[number - 1].tb_next = None
+            del entries[number:]
+            break
+    if entries:
+        # Numbers, not the entry: exceptions are pickled with their attributes.
+        attributes[_SEVERED] = (id(entries[0]), len(entries))
