@@ -1,0 +1,141 @@
+"""How does one route opt in or out? ``break_cycles`` and ``keep_cycles``."""
+
+import functools
+import inspect
+from typing import Any, Awaitable, Callable, Generator, Optional, TypeVar
+
+from aiohttp import web
+from aiohttp.abc import AbstractView
+
+from .guard import leave_alone, note, passed
+from .options import Options, switched_off
+
+__all__ = ("break_cycles", "keep_cycles")
+
+_Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
+_Around = Callable[[web.Request, Callable[[], Awaitable[Any]]], Awaitable[Any]]
+
+_OPTIONS = Options()
+
+
+def break_cycles(handler: _Decorated) -> _Decorated:
+    """Guard one route, with no middleware in the application.
+
+    It does for this route what :func:`cyclebreak` does for all, with the default
+    options; what the application's middlewares raise is not seen.  Below the
+    middleware it changes nothing, unless :func:`keep_cycles` is around it: of the
+    two, the one nearer to the code counts.
+
+    Args:
+        handler: a coroutine function that is given the request, a
+            :class:`aiohttp.web.View` class, or a coroutine method of one.
+
+    Returns:
+        A handler of the same name, signature and docstring; a class is changed in
+        place and returned.
+
+    Raises:
+        TypeError: *handler* is something else.
+
+    .. versionadded:: 0.1.0
+    """
+    return _decorate("break_cycles", handler, _break)
+
+
+def keep_cycles(handler: _Decorated) -> _Decorated:
+    """Leave the exceptions of one route exactly as they are, under the middleware.
+
+    Args:
+        handler: as for :func:`break_cycles`.
+
+    Returns:
+        As :func:`break_cycles`.
+
+    Raises:
+        TypeError: *handler* is something else.
+
+    .. versionadded:: 0.1.0
+    """
+    return _decorate("keep_cycles", handler, _keep)
+
+
+async def _break(request: web.Request, call: Callable[[], Awaitable[Any]]) -> Any:
+    leave_alone(request, False)
+    try:
+        response = await call()
+    except BaseException as exc:
+        note(request, exc, _OPTIONS)
+        raise
+    passed(request, response, _OPTIONS)
+    return response
+
+
+async def _keep(request: web.Request, call: Callable[[], Awaitable[Any]]) -> Any:
+    leave_alone(request, True)
+    return await call()
+
+
+def _decorate(name: str, handler: _Decorated, around: _Around) -> _Decorated:
+    if inspect.isclass(handler):
+        if not issubclass(handler, AbstractView):
+            raise TypeError(f"@{name}: {handler!r} is a class, but no aiohttp.web.View")
+        if not switched_off():
+            _wrap_view(handler, around)
+        return handler
+    if not inspect.iscoroutinefunction(handler):
+        raise TypeError(
+            f"@{name} takes a coroutine function (async def), a web.View class or a "
+            f"method of one, not {handler!r}"
+        )
+    if switched_off():
+        return handler
+    wrapper: _Decorated = _wrap_function(handler, around)
+    return wrapper
+
+
+def _wrap_function(handler: Callable[..., Any], around: _Around) -> Any:
+    @functools.wraps(handler)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        request = _find_request(args)
+        if request is None:
+            return await handler(*args, **kwargs)
+        return await around(request, functools.partial(handler, *args, **kwargs))
+
+    return wrapper
+
+
+def _find_request(args: Any) -> Optional[web.Request]:
+    # A function is given the request, a View's method the View, and a method of
+    # any other object that object first.
+    for arg in args[:2]:
+        if isinstance(arg, AbstractView):
+            return arg.request
+        if isinstance(arg, web.BaseRequest):
+            return arg  # type: ignore[return-value]
+    return None
+
+
+def _wrap_view(view: Any, around: _Around) -> None:
+    await_view = view.__await__
+
+    @functools.wraps(await_view)
+    def __await__(self: AbstractView) -> Generator[Any, None, Any]:
+        call = functools.partial(_View, await_view, self)
+        return around(self.request, call).__await__()
+
+    view.__await__ = __await__
+
+
+class _View:
+    """A view, awaited as it would be without the decorator."""
+
+    def __init__(
+        self,
+        await_view: Callable[[Any], Generator[Any, None, Any]],
+        view: AbstractView,
+    ) -> None:
+        self._await_view = await_view
+        self._view = view
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._await_view(self._view)

@@ -1,0 +1,170 @@
+"""How does an application install it? ``cyclebreak()`` and ``setup()``."""
+
+import logging
+from typing import TYPE_CHECKING, Any, Callable, Optional
+from weakref import WeakSet
+
+from aiohttp import web
+
+from . import internals
+from .guard import note, passed
+from .options import BreakEvent, Options, make_options, switched_off
+
+__all__ = ("cyclebreak", "setup")
+
+if TYPE_CHECKING:  # these have moved between the supported versions
+    from aiohttp.typedefs import Handler, Middleware
+
+# What setup() made, to know it again.
+_ends: "WeakSet[Middleware]" = WeakSet()
+
+logger = logging.getLogger("aiohttp_cyclebreak")
+
+
+def cyclebreak(
+    *,
+    clear_frames: bool = True,
+    keep: Optional[Callable[[web.Request, BaseException], bool]] = None,
+    on_break: Optional[Callable[[BreakEvent], Any]] = None,
+    release_body: bool = False,
+) -> "Middleware":
+    """Make the middleware that lets requests go as soon as they are answered.
+
+    ``app.middlewares.append(cyclebreak())`` is all there is to write.  Exceptions
+    that pass are noted, and severed once the request's own task is done: after the
+    response, aiohttp's "Error handling request" and the access log.  Appended last
+    it is innermost, and sees what handlers raise before another middleware of the
+    application swallows it; for what outer middlewares raise, see :func:`setup`.
+
+    Args:
+        clear_frames: empty the frames in the tracebacks of what was severed.  The
+            tracebacks stay, and print in full.  With False it is the other way
+            round: frames keep their locals, and exceptions lose their tracebacks;
+            an exception that one of those locals keeps then stays with its frame.
+        keep: called with the request and an exception, each cause, context and
+            member of a group too, before it is severed; where it returns true, the
+            exception and all that it leads to are left exactly as they were.
+        on_break: called with a :class:`BreakEvent` after each severing.
+        release_body: let go of a request's body, read or not, and of its parsed form
+            once the response is sent.  Otherwise an idle keep-alive connection keeps
+            those of its last request until the next one, or its end.  Who reads the
+            body after that gets a :class:`BodyReleasedError`.
+
+    An error in *keep* or *on_break* is logged once, on the logger
+    ``aiohttp_cyclebreak``, and swallowed; the exception is then kept.
+
+    The environment variable ``AIOHTTP_CYCLEBREAK=off`` makes it a middleware that
+    does nothing, which is logged.
+
+    Returns:
+        A middleware for :attr:`aiohttp.web.Application.middlewares`.
+
+    Raises:
+        TypeError: an option is of the wrong type.
+
+    See `aiohttp issue #10548 <https://github.com/aio-libs/aiohttp/issues/10548>`_.
+
+    .. versionadded:: 0.1.0
+    """
+    options = make_options(clear_frames, keep, on_break, release_body)
+    if switched_off():
+        _log_switched_off()
+        return _pass_through
+    return _make_layer(options)
+
+
+def setup(
+    app: web.Application,
+    *,
+    clear_frames: bool = True,
+    keep: Optional[Callable[[web.Request, BaseException], bool]] = None,
+    on_break: Optional[Callable[[BreakEvent], Any]] = None,
+    release_body: bool = False,
+) -> None:
+    """Install the middleware at both ends of an application's chain.
+
+    The outermost end misses nothing that a middleware raises, the innermost ends
+    nothing that one swallows: the application's own, and that of each of its
+    sub-applications.  What is added to the application later, up to its start, is
+    between the ends as well.  Called twice for one application, it does nothing the
+    second time.
+
+    Args:
+        app: the application, not started yet.
+        clear_frames: as for :func:`cyclebreak`.
+        keep: as for :func:`cyclebreak`.
+        on_break: as for :func:`cyclebreak`.
+        release_body: as for :func:`cyclebreak`.
+
+    Raises:
+        TypeError: *app* is no application, or an option is of the wrong type.
+        RuntimeError: the application is frozen.
+
+    .. versionadded:: 0.1.0
+    """
+    if not isinstance(app, web.Application):
+        raise TypeError(f"app must be an aiohttp.web.Application, not {app!r}")
+    options = make_options(clear_frames, keep, on_break, release_body)
+    if app.middlewares.frozen or app.on_startup.frozen:
+        raise RuntimeError(
+            f"{app!r} is frozen, it takes no middleware any more: call setup() "
+            "before the application is started or added to another one"
+        )
+    if switched_off():
+        _log_switched_off()
+        return
+    if any(middleware in _ends for middleware in app.middlewares):
+        return
+    outermost, innermost = _make_layer(options), _make_inner_layer(options)
+    _ends.add(outermost)
+    app.middlewares.insert(0, outermost)
+    app.middlewares.append(innermost)
+
+    async def reach_the_ends(app: web.Application) -> None:
+        # Only now is it known what came after setup().
+        for each in (app, *internals.subapps(app)):
+            internals.make_innermost(each, innermost)
+        internals.make_outermost(app, outermost)
+
+    on_startup: Any = app.on_startup  # aiohttp 3.10 declares its functions wrongly
+    on_startup.append(reach_the_ends)
+
+
+def _log_switched_off() -> None:
+    logger.warning("AIOHTTP_CYCLEBREAK=off: requests are not guarded")
+
+
+@web.middleware
+async def _pass_through(request: web.Request, handler: "Handler") -> web.StreamResponse:
+    return await handler(request)
+
+
+def _make_layer(options: Options) -> "Middleware":
+    @web.middleware
+    async def cyclebreak_middleware(
+        request: web.Request, handler: "Handler"
+    ) -> web.StreamResponse:
+        try:
+            response = await handler(request)
+        except BaseException as exc:
+            note(request, exc, options)
+            raise
+        passed(request, response, options)
+        return response
+
+    return cyclebreak_middleware
+
+
+def _make_inner_layer(options: Options) -> "Middleware":
+    # Below another layer that looks at what was returned, at its own cost.
+    @web.middleware
+    async def cyclebreak_middleware(
+        request: web.Request, handler: "Handler"
+    ) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except BaseException as exc:
+            note(request, exc, options)
+            raise
+
+    return cyclebreak_middleware

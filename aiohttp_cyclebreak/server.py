@@ -1,0 +1,125 @@
+"""How is what lies below the middleware guarded? ``guard_server()``."""
+
+import logging
+from typing import TYPE_CHECKING, Any, Awaitable, Callable, Optional, Union
+
+import aiohttp
+from aiohttp import web
+
+from . import internals
+from .guard import follow_connection, note, note_parser_error, passed
+from .options import BreakEvent, Options, make_options, switched_off
+
+if TYPE_CHECKING:
+    from aiohttp.typedefs import Handler
+
+__all__ = ("guard_server",)
+
+logger = logging.getLogger("aiohttp_cyclebreak")
+
+
+def guard_server(
+    runner: Union[web.AppRunner, web.ServerRunner],
+    *,
+    clear_frames: bool = True,
+    keep: Optional[Callable[[web.Request, BaseException], bool]] = None,
+    on_break: Optional[Callable[[BreakEvent], Any]] = None,
+    release_body: bool = False,
+) -> None:
+    """Guard every connection of one runner, also those that never carry a request.
+
+    A port scanner, a load balancer's probe, a malformed request and a refused
+    ``Expect:`` leave reference cycles behind before any middleware runs.  Call this
+    between ``await runner.setup()`` and the start of the first site.  It needs no
+    middleware beside it: what handlers and middlewares raise is noted as well, by a
+    middleware that it adds at the inner end of the application and its
+    sub-applications, and around all of them.  Only this runner is affected.
+
+    It relies on more of aiohttp's internals than the middleware does.
+
+    Args:
+        runner: what serves an application or a low-level server.
+        clear_frames: as for :func:`cyclebreak`.
+        keep: as for :func:`cyclebreak`.
+        on_break: as for :func:`cyclebreak`.
+        release_body: as for :func:`cyclebreak`.
+
+    Called twice for one runner, it does nothing the second time.  With
+    ``AIOHTTP_CYCLEBREAK=off`` it does nothing at all, which is logged.
+
+    Raises:
+        TypeError: *runner* is no runner, or an option is of the wrong type.
+        RuntimeError: the runner is not set up yet, a site of it has been started
+            already, or this aiohttp has other internals than those known.
+
+    .. versionadded:: 0.1.0
+    """
+    if not isinstance(runner, (web.AppRunner, web.ServerRunner)):
+        raise TypeError(
+            f"runner must be an aiohttp.web.AppRunner or ServerRunner, not {runner!r}"
+        )
+    options = make_options(clear_frames, keep, on_break, release_body)
+    if switched_off():
+        logger.warning("AIOHTTP_CYCLEBREAK=off: the server is not guarded")
+        return
+    server = runner.server
+    if server is None:
+        raise RuntimeError(
+            f"{runner!r} has no server yet: await runner.setup() before guard_server()"
+        )
+    if runner.sites:
+        raise RuntimeError(
+            f"a site of {runner!r} has been started, and its connections would go "
+            "unguarded: call guard_server() before the first site.start()"
+        )
+    lacking = internals.lacks()
+    if lacking:
+        raise RuntimeError(
+            f"guard_server() does not know aiohttp {aiohttp.__version__}, which has "
+            f"no {', '.join(lacking)}: install a newer aiohttp-cyclebreak, or use "
+            "setup(app) alone"
+        )
+    if not internals.guard_connections(
+        server,
+        connected=follow_connection,
+        refused=note_parser_error,
+        around=lambda handler: _guarded(handler, options),
+    ):
+        return
+    if isinstance(runner, web.AppRunner):
+        _guard_inside(runner.app, options)
+
+
+def _guarded(
+    handler: Callable[[Any], Awaitable[web.StreamResponse]], options: Options
+) -> Callable[[Any], Awaitable[web.StreamResponse]]:
+    async def guarded(request: Any) -> web.StreamResponse:
+        try:
+            response = await handler(request)
+        except BaseException as exc:
+            note(request, exc, options)
+            raise
+        passed(request, response, options)
+        return response
+
+    return guarded
+
+
+def _guard_inside(app: web.Application, options: Options) -> None:
+    """See what handlers raise before a middleware of the application swallows it."""
+
+    @web.middleware
+    async def guarded_middleware(
+        request: web.Request, handler: "Handler"
+    ) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except BaseException as exc:
+            # The application may be served by another runner too.
+            if isinstance(request.protocol, internals.GuardedProtocol):
+                note(request, exc, options)
+            raise
+
+    for each in (app, *internals.subapps(app)):
+        internals.make_innermost(each, guarded_middleware)
+    internals.run_middlewares(app)
