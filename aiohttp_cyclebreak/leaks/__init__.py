@@ -1,0 +1,34 @@
+"""The catalogue: every known leak as data, run alike by tests and ``verify``."""
+
+from typing import Tuple
+
+from . import (
+    close_cancel,
+    concurrent,
+    http_exception,
+    idle_body,
+    image_upload,
+    kept,
+    no_route,
+    payload,
+    started,
+    unseen,
+    websocket,
+)
+from ._leak import Affected, Kind, Leak, Remedy, Step
+
+__all__ = ("CATALOGUE", "Affected", "Kind", "Leak", "Remedy", "Step")
+
+CATALOGUE: Tuple[Leak, ...] = (
+    *close_cancel.LEAKS,
+    *image_upload.LEAKS,
+    *http_exception.LEAKS,
+    *no_route.LEAKS,
+    *payload.LEAKS,
+    *started.LEAKS,
+    *websocket.LEAKS,
+    *kept.LEAKS,
+    *concurrent.LEAKS,
+    *unseen.LEAKS,
+    *idle_body.LEAKS,
+)

@@ -1,0 +1,147 @@
+"""What a leak of the catalogue is made of."""
+
+import enum
+from dataclasses import dataclass
+from typing import Callable, Optional, Tuple, Union
+
+from aiohttp import web
+
+__all__ = ("Affected", "Kind", "Leak", "Remedy", "Step", "Visit", "get", "post")
+
+
+class Kind(enum.Enum):
+    """Why requests stay alive."""
+
+    DELAYED = "delayed"
+    """A reference cycle: they wait for the cyclic garbage collector."""
+
+    PERMANENT = "permanent"
+    """A live reference: no collection ever frees them."""
+
+    LIVE = "live"
+    """A live reference that ends with the connection: its body waits for that."""
+
+
+class Remedy(enum.Enum):
+    """What stops a leak, as it is written in an application."""
+
+    MIDDLEWARE = "cyclebreak"
+    SERVER = "guard_server"
+    RELEASE = "release_body"
+
+
+class Step(enum.Enum):
+    """What a client does beside sending bytes."""
+
+    ANSWER = "read one whole response"
+    BEGUN = "wait until the server has begun to handle what was sent"
+    BYTES = "wait for the first bytes of an answer, or for its end"
+    RESET = "reset the connection"
+    STAY = "leave the connection open and idle, until everything is counted"
+
+
+Visit = Tuple[Union[bytes, Step], ...]
+
+
+@dataclass(frozen=True)
+class Affected:
+    """The versions that have a leak.
+
+    Attributes:
+        since: first aiohttp release that has it; None: all that are supported.
+        until: last aiohttp release that has it; None: not fixed.
+        python: first CPython that has it.
+        python_until: last CPython that has it; None: not fixed.
+    """
+
+    since: Optional[Tuple[int, ...]] = None
+    until: Optional[Tuple[int, ...]] = None
+    python: Tuple[int, int] = (3, 8)
+    python_until: Optional[Tuple[int, int]] = None
+
+    def on(self, aiohttp: Tuple[int, ...], python: Tuple[int, ...]) -> bool:
+        """Whether these versions of aiohttp and CPython have the leak."""
+        return (
+            (self.since is None or self.since <= aiohttp)
+            and (self.until is None or aiohttp <= self.until)
+            and self.python <= python[:2]
+            and (self.python_until is None or python[:2] <= self.python_until)
+        )
+
+    def __str__(self) -> str:
+        def version(parts: Tuple[int, ...]) -> str:
+            return ".".join(map(str, parts))
+
+        if self.since is None and self.until is None:
+            text = "all"
+        elif self.until is None:
+            text = f"from {version(self.since or ())}"
+        elif self.since is None:
+            text = f"to {version(self.until)}"
+        else:
+            text = f"{version(self.since)} to {version(self.until)}"
+        if self.python_until is not None:
+            text += f", CPython {version(self.python)} to {version(self.python_until)}"
+        elif self.python > (3, 8):
+            text += f", CPython from {version(self.python)}"
+        return text
+
+
+@dataclass(frozen=True)
+class Leak:
+    """One way in which a request outlives its response, with what it takes to see it.
+
+    Attributes:
+        id: its name on the command line; variants of one leak share what stands
+            before the slash.
+        title: one line: what sets it off.
+        kind: delayed or permanent.
+        chain: what holds what, from the holder to the request.
+        affected: the versions that have it: those of any of these.
+        upstream: where aiohttp's maintainers speak of it, or an empty string.
+        build: adds handlers and middlewares to an application.
+        visits: what clients do: one tuple a connection; bytes are sent, a
+            :class:`Step` is taken, and at the end the connection is closed.
+        remedy: what stops it.
+    """
+
+    id: str
+    title: str
+    kind: Kind
+    chain: str
+    affected: Tuple[Affected, ...]
+    upstream: str
+    build: Callable[[web.Application], None]
+    visits: Tuple[Visit, ...]
+    remedy: Remedy = Remedy.MIDDLEWARE
+
+    def is_on(self, aiohttp: Tuple[int, ...], python: Tuple[int, ...]) -> bool:
+        """Whether these versions of aiohttp and CPython have the leak."""
+        return any(each.on(aiohttp, python) for each in self.affected)
+
+
+def get(path: str = "/", *headers: str) -> bytes:
+    """The bytes of a GET request."""
+    lines = [f"GET {path} HTTP/1.1", "Host: localhost", *headers, "", ""]
+    return "\r\n".join(lines).encode()
+
+
+def post(
+    body: bytes,
+    *headers: str,
+    path: str = "/",
+    length: Optional[int] = None,
+    type: str = "application/octet-stream",
+) -> bytes:
+    """The bytes of a POST request; *length* promises more than *body* holds."""
+    size = len(body) if length is None else length
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        f"Content-Type: {type}",
+        f"Content-Length: {size}",
+        *headers,
+        "",
+        "",
+    ]
+    return "\r\n".join(lines).encode() + body

@@ -1,0 +1,52 @@
+"""Connections that no middleware ever sees."""
+
+from aiohttp import web
+
+from ._leak import Affected, Kind, Leak, Remedy, Step, Visit, get
+
+_ALL = Affected()
+# Without a request there is only what close-cancel leaves behind.
+_CLOSE_CANCEL = Affected(since=(3, 10, 6), until=(3, 11, 13), python=(3, 9))
+# What it offers holds a line's end: aiohttp's parser in Python waits for one.
+_CLIENT_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64) + b"\r\n"
+
+
+async def _answer(request: web.Request) -> web.Response:
+    return web.Response(text="ok")
+
+
+def _build(app: web.Application) -> None:
+    app.router.add_get("/", _answer)
+
+
+def _leak(variant: str, title: str, visit: Visit, affected: Affected = _ALL) -> Leak:
+    return Leak(
+        id="unseen/" + variant,
+        title=title,
+        kind=Kind.DELAYED,
+        chain=(
+            "frame of RequestHandler.data_received -> the parser's exception -> "
+            "traceback -> that frame; and as close-cancel, without a request"
+        ),
+        affected=(affected,),
+        upstream="",
+        build=_build,
+        visits=(visit,),
+        remedy=Remedy.SERVER,
+    )
+
+
+LEAKS = (
+    _leak("probe", "a connection without a request: a probe", (), _CLOSE_CANCEL),
+    _leak("probe-reset", "the same, reset", (Step.RESET,), _CLOSE_CANCEL),
+    _leak(
+        "partial",
+        "the client closes in the middle of the headers",
+        (b"GET / HT",),
+        _CLOSE_CANCEL,
+    ),
+    _leak("malformed", "a malformed request line", (b"not HTTP\r\n\r\n", Step.BYTES)),
+    _leak("header", "a malformed header", (get("/", "bad header"), Step.BYTES)),
+    _leak("tls", "TLS spoken to a plain port", (_CLIENT_HELLO, Step.BYTES)),
+    _leak("expect", "Expect: is refused", (get("/", "Expect: nonsense"), Step.ANSWER)),
+)
