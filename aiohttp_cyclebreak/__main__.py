@@ -1,0 +1,8 @@
+"""``python -m aiohttp_cyclebreak``."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

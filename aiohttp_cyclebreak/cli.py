@@ -1,0 +1,397 @@
+"""What does it do here? The command line.
+
+``verify`` runs the catalogue against the aiohttp that is installed, bare and guarded.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import textwrap
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from types import FrameType
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import aiohttp
+
+from . import __version__
+from .leaks import CATALOGUE, Leak, Remedy
+from .options import switched_off
+from .probe import Count, measure, measure_floor, remedy
+
+__all__ = ("main",)
+
+_INTERRUPTED = 130  # as a shell says it: 128, and the number of the signal
+_BROKEN_PIPE = 141
+_NOT_HERE = "not in this version"
+_HEADINGS = ("leak", "kind", "requests\nleft", "cyclic\ngarbage", "verdict")
+_LEGEND = (
+    "Requests left and objects of cyclic garbage: per request, bare -> guarded.\n"
+    "delayed: waits for the cyclic garbage collector; permanent: never freed;\n"
+    "live: a body that an idle connection keeps."
+)
+_STYLES = {
+    _NOT_HERE: "dim",
+    "LEFT": "bold red",
+    "ERROR": "bold red",
+}
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What one leak left behind; a count is None where *error* came first."""
+
+    leak: Leak
+    bare: Optional[Count] = None
+    guarded: Optional[Count] = None
+    error: Optional[str] = None
+
+    @property
+    def occurs(self) -> bool:
+        return self.bare is not None and self.bare.shows(self.leak.kind)
+
+    @property
+    def verdict(self) -> str:
+        if self.bare is None or self.guarded is None:
+            return "ERROR"
+        if not self.guarded.is_clean:
+            return "LEFT"
+        if not self.occurs:
+            return _NOT_HERE
+        if self.leak.remedy is Remedy.MIDDLEWARE:
+            return "stopped"
+        return f"stopped by {self.leak.remedy.value}"
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments; None: those of the process.
+
+    Returns:
+        The exit code: 0, all is well; 1, something is left or could not be run;
+        2, wrong usage; 130, interrupted.
+
+    Raises:
+        SystemExit: wrong usage, ``--help`` or ``--version``.
+
+    .. versionadded:: 0.1.0
+    """
+    parser = _make_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough; the interpreter flushes once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m aiohttp_cyclebreak",
+        description="No aiohttp.web request waits for the garbage collector any more.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"aiohttp-cyclebreak {__version__}"
+    )
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands"
+    )
+    _add_verify(commands)
+    return parser
+
+
+def _add_verify(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="see which leaks the installed aiohttp has, and that they are stopped",
+        description="Run the catalogue of leaks against the installed aiohttp, bare "
+        "and guarded by cyclebreak(), on a server on loopback.",
+        epilog="Exit code: 0, guarded nothing is left; 1, something is left, or a "
+        "leak could not be run; 2, wrong usage.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--leak",
+        action="append",
+        type=_leaks,
+        metavar="ID",
+        help="only this leak and its variants: payload is also payload/json; "
+        "may be repeated",
+    )
+    parser.add_argument(
+        "--requests",
+        type=_positive,
+        default=20,
+        metavar="N",
+        help="how many times each leak is set off, which takes one request or more "
+        "(default: %(default)s)",
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print JSON, not a table")
+    output.add_argument(
+        "--list", action="store_true", help="describe the leaks, and run nothing"
+    )
+    parser.set_defaults(run=_verify)
+
+
+def _leaks(id: str) -> List[Leak]:
+    found = [each for each in CATALOGUE if f"{each.id}/".startswith(f"{id}/")]
+    if not found:
+        known = _wrap(", ".join(each.id for each in CATALOGUE))
+        raise argparse.ArgumentTypeError(f"no leak {id!r}; choose from\n{known}")
+    return found
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    leaks = CATALOGUE
+    if args.leak is not None:
+        chosen = {each.id for found in args.leak for each in found}
+        leaks = tuple(each for each in CATALOGUE if each.id in chosen)
+    if args.list:
+        print("\n\n".join(map(_describe, leaks)))
+        return 0
+    if switched_off():
+        print(
+            "AIOHTTP_CYCLEBREAK=off switches the guard off, so there is nothing to "
+            "verify: unset it",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        with _quick_to_interrupt():
+            results, loop = asyncio.run(_measure_all(leaks, args.requests))
+    except OSError as exc:
+        print(f"no server can be run on loopback: {exc}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(_report(results, args.requests, loop), indent=2))
+    else:
+        _print_table(results)
+        for each in results:
+            if each.error is not None:
+                _say(f"{each.leak.id}: {each.error}")
+        print(f"\n{_LEGEND}\n")
+        _say(_sentence(results))
+    return 0 if _is_clean(results) else 1
+
+
+@contextlib.contextmanager
+def _quick_to_interrupt() -> Iterator[None]:
+    """End the process at once on Ctrl-C: there is nothing to save.
+
+    A server that is shut down in the middle of a leak and the thread of its client
+    would wait for each other, for up to a minute.
+    """
+
+    def leave(signum: int, frame: Optional[FrameType]) -> None:
+        os.write(2, b"\ninterrupted\n")  # sys.stderr may be in the middle of a write
+        os._exit(_INTERRUPTED)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # a background job ignores it
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _describe(leak: Leak) -> str:
+    lines = [
+        f"{leak.id} ({leak.kind.value})",
+        f"    {leak.title}",
+        f"    aiohttp: {'; '.join(map(str, leak.affected))}",
+    ]
+    if leak.upstream:
+        lines.append(f"    {leak.upstream}")
+    return "\n".join(lines)
+
+
+async def _measure_all(leaks: Sequence[Leak], visits: int) -> Tuple[List[_Result], str]:
+    """Run each leak bare and guarded; return as well what the event loop is."""
+    results = []
+    floor = await measure_floor()
+    try:
+        for done, leak in enumerate(leaks):
+            bare = guarded = error = None
+            try:
+                _show_progress(2 * done, 2 * len(leaks), leak.id)
+                bare = await measure(leak, floor, visits=visits)
+                _show_progress(2 * done + 1, 2 * len(leaks), leak.id)
+                guarded = await measure(leak, floor, visits=visits, **remedy(leak))
+            except (OSError, asyncio.TimeoutError) as exc:
+                run = "bare" if bare is None else "guarded"
+                error = f"{run}: {type(exc).__name__}: {exc}"
+            results.append(_Result(leak, bare, guarded, error))
+    finally:
+        _draw("")
+    loop = type(asyncio.get_running_loop())
+    return results, f"{loop.__module__}.{loop.__qualname__}"
+
+
+# Drawn by hand, between measurements: rich's bar has a thread, and makes garbage.
+def _show_progress(done: int, total: int, id: str) -> None:
+    bar = ("#" * (20 * done // total)).ljust(20, ".")
+    _draw(f"[{bar}] {100 * done // total:3}% {id}")
+
+
+def _draw(line: str) -> None:
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        sys.stderr.write(f"\r{line[:width]:{width}}\r")
+        sys.stderr.flush()
+
+
+def _is_clean(results: Sequence[_Result]) -> bool:
+    return not any(each.verdict in ("LEFT", "ERROR") for each in results)
+
+
+def _ids(results: Sequence[_Result], verdict: str) -> List[str]:
+    return [each.leak.id for each in results if each.verdict == verdict]
+
+
+def _report(results: Sequence[_Result], visits: int, loop: str) -> Dict[str, Any]:
+    return {
+        "aiohttp_cyclebreak": __version__,
+        "aiohttp": aiohttp.__version__,
+        "python": platform.python_version(),
+        "implementation": platform.python_implementation(),
+        "platform": platform.platform(),
+        "event_loop": loop,
+        "visits": visits,
+        "leaks": [
+            {
+                "id": each.leak.id,
+                "title": each.leak.title,
+                "kind": each.leak.kind.value,
+                "requests": None if each.bare is None else each.bare.requests,
+                "bare": None if each.bare is None else asdict(each.bare),
+                "guarded": None if each.guarded is None else asdict(each.guarded),
+                "occurs": None if each.bare is None else each.occurs,
+                "verdict": each.verdict,
+                "error": each.error,
+            }
+            for each in results
+        ],
+        "summary": {
+            "leaks": len(results),
+            "occur": sum(each.occurs for each in results),
+            "left": _ids(results, "LEFT"),
+            "errors": _ids(results, "ERROR"),
+            "clean": _is_clean(results),
+            "text": _sentence(results),
+        },
+    }
+
+
+def _sentence(results: Sequence[_Result]) -> str:
+    occur = sum(each.occurs for each in results)
+    left, errors = _ids(results, "LEFT"), _ids(results, "ERROR")
+    text = (
+        f"aiohttp {aiohttp.__version__} on {platform.python_implementation()} "
+        f"{platform.python_version()}: {occur} of {len(results)} leaks "
+        f"{'occurs' if occur == 1 else 'occur'} here; guarded, "
+    )
+    if left:
+        are = "is" if len(left) == 1 else "are"
+        text += f"{len(left)} {are} left: {', '.join(left)}"
+    else:
+        text += "none is left"
+    if errors:
+        text += f"; {len(errors)} could not be run: {', '.join(errors)}"
+    return text + "."
+
+
+def _say(text: str) -> None:
+    """Print a sentence, whole for a pipe and in lines for a terminal."""
+    if sys.stdout.isatty():
+        text = _wrap(text, shutil.get_terminal_size().columns)
+    print(text)
+
+
+def _wrap(text: str, width: int = 79) -> str:
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def _print_table(results: Sequence[_Result]) -> None:
+    headings = zip_longest(*(each.split("\n") for each in _HEADINGS), fillvalue="")
+    rows = [*headings, *map(_row, results)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    write = _make_writer()
+    for *cells, verdict in rows:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths))
+        write("  ".join([*padded, ""]), verdict)
+
+
+def _make_writer() -> Callable[[str, str], None]:
+    """Find out how a line is printed: with colours where there is rich to make them."""
+
+    def write(cells: str, verdict: str) -> None:
+        print(f"{cells}{verdict}".rstrip())
+
+    if not sys.stdout.isatty():
+        return write
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ImportError:
+        return write
+    console = Console()
+
+    def write_in_colour(cells: str, verdict: str) -> None:
+        line = Text.assemble(cells, (verdict, _STYLES.get(verdict, "green")))
+        console.print(line, soft_wrap=True)  # no cell is ever cut
+
+    return write_in_colour
+
+
+def _row(result: _Result) -> Tuple[str, ...]:
+    bare, guarded = result.bare, result.guarded
+    own = bare.left_as(result.leak.kind) if bare else 0
+    left = guarded.left if guarded else 0
+    garbage = [each.garbage if each else 0 for each in (bare, guarded)]
+    return (
+        result.leak.id,
+        result.leak.kind.value,
+        f"{_mean(own, bare, 1):>3} -> {_mean(left, guarded, 1)}",
+        f"{_mean(garbage[0], bare, 0):>3} -> {_mean(garbage[1], guarded, 0)}",
+        result.verdict,
+    )
+
+
+def _mean(number: int, count: Optional[Count], digits: int) -> str:
+    """A number per request, rounded; but to nothing only where it is nothing."""
+    if count is None:
+        return "?"
+    if number == 0:
+        return "0"
+    smallest = 0.1**digits
+    # A connection may be refused before there is a request.
+    mean = number / (count.requests or count.connections)
+    return f"{mean:.{digits}f}" if mean >= smallest else f"<{smallest:.{digits}f}"
