@@ -1,0 +1,191 @@
+"""break_cycles and keep_cycles: on functions, View classes and methods of one."""
+
+import functools
+import inspect
+from typing import Any, Dict, List
+
+import pytest
+from aiohttp import web
+
+from aiohttp_cyclebreak import BreakEvent, break_cycles, keep_cycles, setup
+
+from .service import alive, no_collector, run, serve
+
+
+async def refuse(request: web.Request) -> web.Response:
+    """Refuse."""
+    raise web.HTTPBadRequest(text="no")
+
+
+class Refuse(web.View):
+    """Refuse, as a class."""
+
+    async def get(self) -> web.Response:
+        """Refuse, as a method."""
+        raise web.HTTPBadRequest(text="no")
+
+
+class Handlers:
+    async def refuse(self, request: web.Request) -> web.Response:
+        raise web.HTTPBadRequest(text="no")
+
+
+async def refuse_for(name: str, request: web.Request) -> web.Response:
+    raise web.HTTPBadRequest(text=name)
+
+
+def targets(decorate: Any) -> Dict[str, Any]:
+    """The same refusal, decorated in every way there is."""
+
+    @decorate
+    async def function(request: web.Request) -> web.Response:
+        raise web.HTTPBadRequest(text="no")
+
+    @decorate
+    class View(Refuse):
+        pass
+
+    class WithMethod(web.View):
+        @decorate
+        async def get(self) -> web.Response:
+            raise web.HTTPBadRequest(text="no")
+
+    class WithHandler:
+        @decorate
+        async def refuse(self, request: web.Request) -> web.Response:
+            raise web.HTTPBadRequest(text="no")
+
+    return {
+        "function": function,
+        "View": View,
+        "method of a View": WithMethod,
+        "method of an object": WithHandler().refuse,
+        "bound method": decorate(Handlers().refuse),
+        "partial": decorate(functools.partial(refuse_for, "no")),
+    }
+
+
+TARGETS = tuple(targets(lambda handler: handler))
+
+
+async def requests_left(app: web.Application, handler: Any, requests: int = 5) -> int:
+    app.router.add_route("*", "/", handler)
+    with no_collector():
+        before = len(alive())
+        async with serve(app) as service:
+            for _ in range(requests):
+                assert await service.ask() == (400, "no")
+            await service.settle()
+            return len(alive()) - before
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_undecorated_it_leaks(target: str) -> None:
+    """Or the tests below would say nothing."""
+    handler = targets(lambda handler: handler)[target]
+    assert run(requests_left(web.Application(), handler)) == 5
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_break_cycles_needs_no_middleware(target: str) -> None:
+    """One route is guarded by its decorator alone."""
+    assert run(requests_left(web.Application(), targets(break_cycles)[target])) == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_keep_cycles_opts_out_under_the_middleware(target: str) -> None:
+    """The route's exceptions are left as they are: its requests wait again."""
+    app = web.Application()
+    setup(app)
+    events: List[BreakEvent] = []
+    assert run(requests_left(app, targets(keep_cycles)[target])) == 5
+    assert events == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_break_cycles_under_the_middleware_does_the_work_once(target: str) -> None:
+    """One event a request."""
+    app = web.Application()
+    events: List[BreakEvent] = []
+    setup(app, on_break=events.append)
+    assert run(requests_left(app, targets(break_cycles)[target], requests=3)) == 0
+    assert len(events) == 3
+
+
+def test_the_decorator_nearer_to_the_code_counts() -> None:
+    """A View that opts out, but for one method."""
+
+    @keep_cycles
+    class View(web.View):
+        @break_cycles
+        async def get(self) -> web.Response:
+            raise web.HTTPBadRequest(text="no")
+
+    app = web.Application()
+    setup(app)
+    assert run(requests_left(app, View)) == 0
+
+
+@pytest.mark.parametrize("decorate", [break_cycles, keep_cycles])
+def test_name_signature_and_docstring_survive(decorate: Any) -> None:
+    """For documentation, for routers that look at them, and for readers of logs."""
+    decorated = decorate(refuse)
+    assert decorated.__name__ == "refuse"
+    assert decorated.__doc__ == "Refuse."
+    assert inspect.signature(decorated) == inspect.signature(refuse)
+    assert inspect.iscoroutinefunction(decorated)
+
+    class View(Refuse):
+        """A class of its own."""
+
+    assert decorate(View) is View
+    assert View.__doc__ == "A class of its own."
+    assert View.__await__.__name__ == "__await__"
+    method = decorate(Refuse.get)
+    assert (method.__name__, method.__doc__) == ("get", "Refuse, as a method.")
+
+
+def plain(request: web.Request) -> web.Response:
+    return web.Response()
+
+
+async def generator(request: web.Request) -> Any:
+    yield web.Response()
+
+
+@pytest.mark.parametrize("decorate", [break_cycles, keep_cycles])
+@pytest.mark.parametrize(
+    "wrong", [plain, generator, Handlers, Handlers(), None, "handler", refuse_for]
+)
+def test_anything_else_is_a_type_error_at_import(decorate: Any, wrong: Any) -> None:
+    """The message names the decorator and what it was put on."""
+    if wrong is refuse_for:
+        wrong = staticmethod(refuse)  # a descriptor, not a function
+        if callable(wrong) and inspect.iscoroutinefunction(wrong):
+            pytest.skip("staticmethod objects are functions on this Python")
+    with pytest.raises(TypeError, match=f"^@{decorate.__name__}"):
+        decorate(wrong)
+
+
+def test_a_decorated_function_can_be_called_without_a_request() -> None:
+    """It is not always called by aiohttp."""
+
+    @break_cycles
+    async def add(one: int, other: int) -> int:
+        return one + other
+
+    async def main() -> int:
+        return await add(1, 2)
+
+    assert run(main()) == 3
+
+
+@pytest.mark.parametrize("decorate", [break_cycles, keep_cycles])
+def test_the_switch_leaves_handlers_as_they_are(
+    decorate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AIOHTTP_CYCLEBREAK=off: nothing is wrapped, wrong use still fails."""
+    monkeypatch.setenv("AIOHTTP_CYCLEBREAK", "off")
+    assert decorate(refuse) is refuse
+    with pytest.raises(TypeError):
+        decorate(plain)

@@ -1,0 +1,359 @@
+"""Exceptions that the application holds on to, and requests that overlap."""
+
+import asyncio
+import traceback
+import types
+from typing import Any, Callable, Dict, List
+
+import pytest
+from aiohttp import web
+
+from aiohttp_cyclebreak import cyclebreak, setup
+from aiohttp_cyclebreak.sever import graph, sever
+
+from .service import alive, no_collector, run, serve
+
+Guard = Callable[[web.Application], Any]
+GUARDS: Dict[str, Guard] = {
+    "appended": lambda app: app.middlewares.append(cyclebreak()),
+    "setup": setup,
+    "with on_break": lambda app: setup(app, on_break=lambda event: None),
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("translated", [False, True])
+def test_requests_that_always_overlap_are_not_kept(
+    translated: bool, guard: str
+) -> None:
+    """Each ends while another has the same exception in hand."""
+    outage = ConnectionError("pool is down")
+    turn: Dict[int, asyncio.Event] = {}
+    caught: List[int] = []
+
+    @web.middleware
+    async def audit(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except Exception:
+            caught.append(int(request.match_info["number"]))
+            await turn[caught[-1]].wait()
+            raise
+
+    async def fail(request: web.Request) -> web.Response:
+        if translated:
+            raise web.HTTPServiceUnavailable from outage
+        raise outage.with_traceback(None)
+
+    async def main() -> List[int]:
+        left = []
+        app = web.Application()
+        app.router.add_get("/{number}", fail)
+        app.middlewares.append(audit)
+        GUARDS[guard](app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                clients: List[Any] = []
+                for number in range(30):
+                    turn[number] = asyncio.Event()
+                    clients.append(await service.connect())
+                    await clients[-1].get(f"/{number}")
+                    while len(caught) <= number:
+                        await asyncio.sleep(0)
+                    if number:  # the one before ends only now
+                        turn[number - 1].set()
+                        await clients[-2].answer()
+                        clients[-2].close()
+                    left.append(len(alive()) - before)
+                turn[number].set()
+                await clients[-1].answer()
+                clients[-1].close()
+                await service.settle()
+                left.append(len(alive()) - before)
+        return left
+
+    left = run(main())
+    assert max(left) <= 6
+    assert left[-1] == 0
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_background_task_with_an_error_in_hand_keeps_no_request(guard: str) -> None:
+    """A reconnecting one, whose error each request is refused from."""
+    errors: List[BaseException] = []
+
+    async def reconnect() -> None:
+        try:
+            raise ConnectionError("no peer")
+        except ConnectionError as exc:
+            errors.append(exc)
+            await asyncio.sleep(3600)
+
+    async def refuse(request: web.Request) -> web.Response:
+        raise web.HTTPServiceUnavailable from errors[0]
+
+    async def main() -> int:
+        task = asyncio.ensure_future(reconnect())
+        await asyncio.sleep(0)
+        app = web.Application()
+        app.router.add_get("/", refuse)
+        GUARDS[guard](app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                client = await service.connect()
+                for _ in range(20):
+                    await client.get()
+                    await client.answer()
+                left = len(alive()) - before
+                client.close()
+            task.cancel()
+        return left
+
+    assert run(main()) <= 1  # the connection's last
+
+
+def deep() -> None:
+    raise web.HTTPBadRequest(text="from the deep")
+
+
+@web.middleware
+async def returning(request: web.Request, handler: Any) -> web.StreamResponse:
+    try:
+        return await handler(request)  # type: ignore[no-any-return]
+    except web.HTTPException as exc:
+        return exc
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("how", ["kept alive", "closed", "pipelined", "returned"])
+def test_who_holds_a_response_prints_its_traceback(how: str, guard: str) -> None:
+    """However it was answered, and whatever aiohttp still holds of it."""
+    held: List[BaseException] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        try:
+            deep()
+        except web.HTTPException as exc:
+            held.append(exc)
+            raise
+        return web.Response()
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        app.router.add_get("/ok", answer)
+        if how == "returned":
+            app.middlewares.append(returning)
+        GUARDS[guard](app)
+        async with serve(app) as service:
+            client = await service.connect()
+            if how == "pipelined":
+                request = "GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                await client.send((request % "/" + request % "/ok").encode())
+                await client.answer()
+            else:
+                await client.get(
+                    "/", *(["Connection: close"] if how == "closed" else [])
+                )
+            await client.answer()
+            client.close()
+            await service.settle()
+
+    run(main())
+    lines = traceback.format_tb(held[0].__traceback__)
+    assert any("in handler" in line for line in lines)
+    assert any("in deep" in line for line in lines)
+
+
+def reraise(exc: BaseException) -> None:
+    try:
+        raise exc
+    finally:
+        del exc  # an empty frame that nobody emptied
+
+
+def parse(data: bytes) -> None:
+    del data
+    raise ValueError("bad")
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_frames_that_were_empty_before_are_no_reason(guard: str) -> None:
+    """The idiom of six.reraise(): its text stays, the second time too."""
+    held: List[BaseException] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        try:
+            parse(b"data")
+        except ValueError as exc:
+            held.append(exc)
+            reraise(exc)
+        return web.Response()
+
+    async def again(request: web.Request) -> web.Response:
+        raise web.HTTPBadGateway from held[0]
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        app.router.add_get("/again", again)
+        GUARDS[guard](app)
+        async with serve(app) as service:
+            for path in ("/", "/again", "/again"):
+                await service.ask(path)
+            await service.settle()
+
+    run(main())
+    lines = traceback.format_tb(held[0].__traceback__)
+    assert any("in parse" in line for line in lines)
+    assert any("in handler" in line for line in lines)
+
+
+def test_a_copy_of_a_function_keeps_what_it_closes_over() -> None:
+    """It shares the whole closure with the one in the traceback."""
+
+    def make() -> Any:
+        name = "closed over"
+
+        def work(fail: bool = True) -> str:
+            if fail:
+                raise ValueError
+            return name
+
+        copy = types.FunctionType(
+            work.__code__, work.__globals__, "copy", (False,), work.__closure__
+        )
+        try:
+            work()
+        except ValueError as exc:
+            return exc, copy
+
+    exc, copy = make()
+    sever(graph(exc))
+    assert copy() == "closed over"
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_what_the_application_stored_is_not_asked_what_it_is(guard: str) -> None:
+    """A lazy proxy would be evaluated, and may lie."""
+    asked: List[str] = []
+
+    class Lazy:
+        @property
+        def __class__(self) -> Any:  # type: ignore[override]
+            asked.append("class")
+            return ValueError
+
+    async def handler(request: web.Request) -> web.Response:
+        request["user"] = Lazy()
+        raise web.HTTPBadRequest
+
+    async def main() -> int:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        GUARDS[guard](app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                await service.ask()
+                await service.settle()
+                return len(alive()) - before
+
+    assert run(main()) == 0
+    assert not asked
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_websocket_whose_peer_is_dead(guard: str) -> None:
+    """Its heartbeat's last timer leads back to it."""
+
+    async def main(guard: Guard) -> int:
+        done = asyncio.Event()
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            websocket = web.WebSocketResponse(heartbeat=0.01)
+            await websocket.prepare(request)
+            async for _ in websocket:
+                pass
+            done.set()
+            return websocket
+
+        app = web.Application()
+        app.router.add_get("/", handler)
+        guard(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                client = await service.connect()
+                await client.get(
+                    "/",
+                    "Upgrade: websocket",
+                    "Connection: Upgrade",
+                    "Sec-WebSocket-Version: 13",
+                    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+                )
+                await done.wait()  # it never answers a ping
+                client.close()
+                await service.settle()
+                return len(alive()) - before
+
+    assert run(main(GUARDS[guard])) == 0
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_the_websocket_of_another_request_is_left_alone(guard: str) -> None:
+    """A handler that broadcasts fails with it among its locals."""
+    sockets: List[web.WebSocketResponse] = []
+    upgrade = (
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+    )
+
+    async def listen(request: web.Request) -> web.StreamResponse:
+        websocket = web.WebSocketResponse(heartbeat=3600)
+        await websocket.prepare(request)
+        sockets.append(websocket)
+        async for _ in websocket:
+            pass
+        return websocket
+
+    async def broadcast(request: web.Request) -> web.StreamResponse:
+        websocket = web.WebSocketResponse()
+        await websocket.prepare(request)
+        other = sockets[0]
+        await other.send_str("hello")
+        raise ValueError("while broadcasting")
+
+    async def main() -> Any:
+        app = web.Application()
+        app.router.add_get("/listen", listen)
+        app.router.add_get("/broadcast", broadcast)
+        GUARDS[guard](app)
+        async with serve(app) as service:
+            listener, sender = await service.connect(), await service.connect()
+            await listener.get("/listen", *upgrade)
+            while not sockets:
+                await asyncio.sleep(0)
+            before = (sockets[0]._req, sockets[0]._heartbeat_cb)
+            await sender.get("/broadcast", *upgrade)
+            server = service.runner.server
+            assert server is not None
+            while len(server.connections) > 1 or server.requests_count < 2:
+                await asyncio.sleep(0.001)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            after = (sockets[0]._req, sockets[0]._heartbeat_cb)
+            cancelled = after[1] is not None and after[1].cancelled()
+            listener.close()
+            sender.close()
+            await service.settle()
+        return before[0] is not None, before == after, cancelled
+
+    assert run(main()) == (True, True, False)

@@ -1,0 +1,112 @@
+"""Every leak of the catalogue: it occurs without us, and not with us."""
+
+import asyncio
+import gc
+import sys
+from typing import Any, Dict, Set, Tuple
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.web_urldispatcher import SystemRoute
+
+from aiohttp_cyclebreak import cyclebreak, guard_server, setup
+from aiohttp_cyclebreak.leaks import CATALOGUE, Leak, Remedy
+from aiohttp_cyclebreak.probe import Count, Floor, measure, measure_floor
+
+from .service import AIOHTTP, LOOPS, alive, run, serve
+
+# Each way to install it, and what it is to stop.
+GUARDS: Dict[str, Tuple[Set[Remedy], Dict[str, Any]]] = {
+    "appended": (
+        {Remedy.MIDDLEWARE},
+        {"guard": lambda app: app.middlewares.append(cyclebreak())},
+    ),
+    "setup": ({Remedy.MIDDLEWARE}, {"guard": setup}),
+    "without clearing": (
+        {Remedy.MIDDLEWARE},
+        {"guard": lambda app: setup(app, clear_frames=False)},
+    ),
+    "server": ({Remedy.MIDDLEWARE, Remedy.SERVER}, {"guard_runner": guard_server}),
+    "releasing": (
+        {Remedy.RELEASE},
+        {"guard": lambda app: setup(app, release_body=True)},
+    ),
+    "releasing server": (
+        {Remedy.RELEASE},
+        {"guard_runner": lambda runner: guard_server(runner, release_body=True)},
+    ),
+}
+VISITS = 10
+HELD_BY_LOCALS = ("kept-local/another", "kept-local/traceback")
+CASES = [
+    pytest.param(leak, guard, loop, id=f"{leak.id}-{guard}-{loop}")
+    for leak in CATALOGUE
+    for guard, (stops, _) in GUARDS.items()
+    for loop in LOOPS
+    if leak.remedy in stops
+    # What differs between event loops does not differ between these two.
+    and (loop == "asyncio" or guard not in ("setup", "without clearing"))
+]
+_floors: Dict[str, Floor] = {}
+_bare: Dict[Tuple[str, str], Count] = {}
+
+
+def floor(loop: str) -> Floor:
+    if loop not in _floors:
+        _floors[loop] = run(measure_floor(), loop)
+    return _floors[loop]
+
+
+def bare(leak: Leak, loop: str) -> Count:
+    if (leak.id, loop) not in _bare:
+        _bare[leak.id, loop] = run(measure(leak, floor(loop), visits=VISITS), loop)
+    return _bare[leak.id, loop]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("leak", CATALOGUE, ids=lambda leak: leak.id)
+def test_occurs_bare_where_the_catalogue_says(leak: Leak, loop: str) -> None:
+    """Each leak is there on the versions that it is said to be on, and no other."""
+    assert bare(leak, loop).shows(leak.kind) is leak.is_on(AIOHTTP, sys.version_info)
+
+
+@pytest.mark.parametrize(("leak", "guard", "loop"), CASES)
+def test_leaves_nothing_guarded(leak: Leak, guard: str, loop: str) -> None:
+    """No request, and no cyclic garbage above asyncio's own, is left."""
+    if not bare(leak, loop).shows(leak.kind):
+        pytest.skip(
+            f"aiohttp {aiohttp.__version__} on CPython {sys.version.split()[0]} "
+            f"does not have {leak.id}: {', '.join(map(str, leak.affected))}"
+        )
+    if guard == "without clearing" and leak.id in HELD_BY_LOCALS:
+        pytest.skip("locals are left alone, and one of them is what holds it")
+    _, arguments = GUARDS[guard]
+    count = run(measure(leak, floor(loop), visits=VISITS, **arguments), loop)
+    assert count.is_clean, count
+
+
+def test_no_leak_is_listed_twice() -> None:
+    """An id names one leak."""
+    ids = [leak.id for leak in CATALOGUE]
+    assert len(ids) == len(set(ids))
+
+
+def test_missing_routes_are_not_cached_because_of_us() -> None:
+    """CVE-2024-52303: a middleware makes aiohttp 3.10.6 to 3.10.10 keep them all."""
+
+    async def main() -> int:
+        app = web.Application()
+        app.middlewares.append(cyclebreak())
+        async with serve(app) as service:
+            client = await service.connect()
+            for number in range(400):
+                await client.get(f"/missing/{number}")
+                assert (await client.answer())[0] == 404
+            client.close()
+            await service.settle()
+            await asyncio.sleep(0)
+            gc.collect()
+            return len(alive(SystemRoute))
+
+    assert run(main()) == 0

@@ -1,0 +1,602 @@
+"""cyclebreak() and setup(): options, events, both ends, sub-applications, switch."""
+
+import asyncio
+import gc
+import logging
+import traceback
+from dataclasses import FrozenInstanceError
+from typing import Any, Callable, Dict, List
+
+import pytest
+from aiohttp import web
+
+from aiohttp_cyclebreak import BreakEvent, cyclebreak, guard, setup
+
+from .service import Service, alive, no_collector, run, serve
+
+APIS: Dict[str, Callable[..., Any]] = {
+    "cyclebreak": lambda app, **options: app.middlewares.append(cyclebreak(**options)),
+    "setup": setup,
+}
+
+
+async def refuse(request: web.Request) -> web.Response:
+    raise web.HTTPBadRequest(text="no")
+
+
+async def answer(request: web.Request) -> web.Response:
+    return web.Response(text="ok")
+
+
+def application(handler: Any = refuse) -> web.Application:
+    app = web.Application()
+    app.router.add_get("/item/{name}", handler)
+    return app
+
+
+async def requests_left(app: web.Application, *paths: str) -> int:
+    """How many requests are alive, the collector being off, after each was served."""
+    with no_collector():
+        before = len(alive())
+        async with serve(app) as service:
+            for path in paths:
+                await service.ask(path)
+            await service.settle()
+            return len(alive()) - before
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("clear_frames", 1),
+        ("clear_frames", None),
+        ("keep", "no"),
+        ("on_break", 1),
+    ],
+)
+def test_a_wrong_option_is_named(api: str, option: str, value: Any) -> None:
+    """A wrong type fails in the call, not at the first request."""
+    with pytest.raises(TypeError, match=f"^{option} must be"):
+        APIS[api](web.Application(), **{option: value})
+
+
+class Asynchronous:
+    async def __call__(self, *args: Any) -> bool:
+        return True
+
+
+async def asynchronous(*args: Any) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("option", ["keep", "on_break"])
+@pytest.mark.parametrize("function", [asynchronous, Asynchronous()])
+def test_a_coroutine_function_is_no_callback(
+    api: str, option: str, function: Any
+) -> None:
+    """Nobody would await it."""
+    with pytest.raises(TypeError, match=f"^{option} must be a plain function"):
+        APIS[api](web.Application(), **{option: function})
+
+
+def test_options_are_keywords() -> None:
+    """cyclebreak(False) says nothing to a reader."""
+    with pytest.raises(TypeError):
+        cyclebreak(False)  # type: ignore[misc]
+
+
+def test_setup_wants_an_application() -> None:
+    """app.middlewares is a likely slip."""
+    with pytest.raises(TypeError, match="must be an aiohttp.web.Application"):
+        setup(web.Application().middlewares)  # type: ignore[arg-type]
+
+
+def test_setup_twice_is_setup_once() -> None:
+    """The second call changes nothing."""
+    app = application()
+    setup(app)
+    middlewares, signals = list(app.middlewares), list(app.on_startup)
+    setup(app)
+    assert list(app.middlewares) == middlewares
+    assert list(app.on_startup) == signals
+
+
+def test_setup_on_a_frozen_application_says_so() -> None:
+    """After the start, and once it has become a sub-application."""
+    app = application()
+    app.freeze()
+    with pytest.raises(RuntimeError, match=r"frozen.*call setup\(\) before"):
+        setup(app)
+    sub = application()
+    application().add_subapp("/sub/", sub)
+    with pytest.raises(RuntimeError, match="frozen"):
+        setup(sub)
+
+
+@web.middleware
+async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
+    error = None
+    try:
+        return await handler(request)  # type: ignore[no-any-return]
+    except Exception as exc:
+        error = exc
+    return web.Response(text=str(error), status=500)
+
+
+@web.middleware
+async def reject(request: web.Request, handler: Any) -> web.StreamResponse:
+    raise web.HTTPForbidden()
+
+
+def swallowing(app: web.Application) -> web.Application:
+    app.middlewares.append(swallow)
+    return app
+
+
+def rejecting(app: web.Application) -> web.Application:
+    app.middlewares.append(reject)
+    return app
+
+
+def nested(app: web.Application, sub: web.Application) -> web.Application:
+    app.add_subapp("/sub", sub)
+    return app
+
+
+WITH_SETUP: Dict[str, Callable[[], web.Application]] = {
+    "swallowed by an inner middleware": lambda: _set_up(swallowing(application())),
+    "swallowed by one added later": lambda: swallowing(_set_up(application())),
+    "raised by an outer middleware": lambda: _set_up(rejecting(application())),
+    "raised by one inserted later": lambda: _first(_set_up(application()), reject),
+    "raised in a sub-application": lambda: nested(
+        _set_up(web.Application()), application()
+    ),
+    "swallowed in a sub-application": lambda: nested(
+        _set_up(web.Application()), swallowing(application())
+    ),
+    "swallowed in one added before": lambda: _set_up(
+        nested(web.Application(), swallowing(application()))
+    ),
+    "swallowed two deep": lambda: nested(
+        _set_up(web.Application()),
+        nested(web.Application(), swallowing(application())),
+    ),
+    "set up in the sub-application": lambda: nested(
+        web.Application(), _set_up(swallowing(application()))
+    ),
+}
+
+
+def _set_up(app: web.Application) -> web.Application:
+    setup(app)
+    return app
+
+
+def _first(app: web.Application, middleware: Any) -> web.Application:
+    app.middlewares.insert(0, middleware)
+    return app
+
+
+@pytest.mark.parametrize("case", WITH_SETUP)
+def test_setup_misses_nothing_between_its_ends(case: str) -> None:
+    """Whatever is added to the application, and when."""
+    depth = "/sub" * (2 if "two deep" in case else 1 if "sub-app" in case else 0)
+    if "in one added before" in case:
+        depth = "/sub"
+    app = WITH_SETUP[case]()
+    assert run(requests_left(app, *[f"{depth}/item/a"] * 5)) == 0
+
+
+def test_the_same_applications_leak_without_setup() -> None:
+    """Or the test above would say nothing."""
+    assert run(requests_left(swallowing(application()), *["/item/a"] * 5)) == 5
+    app = nested(web.Application(), swallowing(application()))
+    assert run(requests_left(app, *["/sub/item/a"] * 5)) == 5
+    assert run(requests_left(rejecting(application()), *["/item/a"] * 5)) == 5
+
+
+def test_a_router_error_below_a_middleware_that_answers_itself() -> None:
+    """A 404 for which no handler is ever called."""
+
+    @web.middleware
+    async def authorize(request: web.Request, handler: Any) -> web.StreamResponse:
+        return web.Response(status=401)
+
+    app = application()
+    app.middlewares.append(authorize)
+    setup(app)
+
+    async def main() -> int:
+        with no_collector():
+            async with serve(app) as service:
+                await service.ask("/missing")
+                await service.settle()
+                gc.collect()
+                await service.ask("/missing")
+                await service.settle()
+                from aiohttp.web_urldispatcher import SystemRoute
+
+                return len(alive(SystemRoute))
+
+    assert run(main()) == 0
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_on_break_tells_what_was_cut_and_nothing_private(api: str) -> None:
+    """The event names the canonical route, never a path, a query or a body."""
+    events: List[BreakEvent] = []
+
+    async def main() -> None:
+        app = application()
+        APIS[api](app, on_break=events.append)
+        async with serve(app) as service:
+            await service.ask("/item/secret?token=secret")
+            await service.settle()
+
+    run(main())
+    (event,) = events
+    assert (event.method, event.route) == ("GET", "/item/{name}")
+    assert event.exception is web.HTTPBadRequest
+    assert event.exceptions == 1
+    assert event.tracebacks >= event.frames - 10
+    assert event.frames >= 2
+    assert "secret" not in repr(event)
+    with pytest.raises(FrozenInstanceError):
+        event.frames = 0  # type: ignore[misc]
+
+
+def test_the_event_of_a_missing_route_has_none() -> None:
+    """There is no canonical path to tell."""
+    events: List[BreakEvent] = []
+
+    async def main() -> None:
+        app = application()
+        setup(app, on_break=events.append)
+        async with serve(app) as service:
+            await service.ask("/missing")
+            await service.settle()
+
+    run(main())
+    assert [(event.route, event.exception) for event in events] == [
+        (None, web.HTTPNotFound)
+    ]
+
+
+def test_a_chain_is_one_event_that_counts_all_of_it() -> None:
+    """However many layers see which of its exceptions."""
+    events: List[BreakEvent] = []
+
+    async def chained(request: web.Request) -> web.Response:
+        try:
+            {}["missing"]
+        except KeyError as exc:
+            raise ValueError("translated") from exc
+        return web.Response()
+
+    @web.middleware
+    async def translate(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except ValueError as exc:
+            raise web.HTTPBadGateway() from exc
+
+    async def main() -> None:
+        app = application(chained)
+        app.middlewares.append(translate)
+        setup(app, on_break=events.append)
+        async with serve(app) as service:
+            await service.ask("/item/a")
+            await service.settle()
+
+    run(main())
+    assert [(event.exception, event.exceptions) for event in events] == [
+        (web.HTTPBadGateway, 3)
+    ]
+
+
+def test_a_success_is_no_event() -> None:
+    """Nothing was cut."""
+    events: List[BreakEvent] = []
+
+    async def main() -> None:
+        app = application(answer)
+        setup(app, on_break=events.append)
+        async with serve(app) as service:
+            await service.ask("/item/a")
+            await service.settle()
+
+    run(main())
+    assert events == []
+
+
+class Kept(Exception):
+    pass
+
+
+async def serve_and_hold(
+    app: web.Application, held: List[BaseException], *paths: str
+) -> None:
+    @web.middleware
+    async def hold(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except Exception as exc:
+            held.append(exc)
+            raise
+
+    app.middlewares.append(hold)
+    async with serve(app) as service:
+        for path in paths:
+            await service.ask(path)
+        await service.settle()
+
+
+def handler_locals(exc: BaseException) -> Dict[str, Any]:
+    for frame, _ in traceback.walk_tb(exc.__traceback__):
+        if frame.f_code.co_name == "fail":
+            return dict(frame.f_locals)
+    raise AssertionError("the handler's frame is not in the traceback")
+
+
+def test_what_keep_wants_is_left_exactly_as_it_was() -> None:
+    """Its traceback, the locals of its frames, its cause; others are severed."""
+    held: List[BaseException] = []
+    asked: List[Any] = []
+
+    async def fail(request: web.Request) -> web.Response:
+        secret = request.match_info["name"]
+        try:
+            raise LookupError(secret)
+        except LookupError as exc:
+            if secret == "kept":
+                raise Kept(secret) from exc
+            raise ValueError(secret) from exc
+
+    def keep(request: web.Request, exc: BaseException) -> bool:
+        asked.append((request.path, type(exc)))
+        return isinstance(exc, Kept)
+
+    async def main() -> None:
+        app = application(fail)
+        setup(app, keep=keep)
+        await serve_and_hold(app, held, "/item/kept", "/item/cut")
+
+    run(main())
+    kept, cut = held
+    assert handler_locals(kept)["secret"] == "kept"
+    assert kept.__cause__ is not None
+    assert handler_locals(kept.__cause__)["secret"] == "kept"
+    assert handler_locals(cut) == {}
+    assert ("/item/kept", Kept) in asked
+    assert ("/item/cut", ValueError) in asked
+
+
+def test_a_cause_that_is_kept_keeps_its_frames() -> None:
+    """They may be those of the exception that is not kept."""
+    held: List[BaseException] = []
+
+    async def fail(request: web.Request) -> web.Response:
+        secret = "local"
+        try:
+            raise Kept(secret)
+        except Kept as exc:
+            raise web.HTTPBadRequest() from exc
+
+    async def main() -> None:
+        app = application(fail)
+        setup(app, keep=lambda request, exc: isinstance(exc, Kept))
+        await serve_and_hold(app, held, "/item/a")
+
+    run(main())
+    assert held[0].__cause__ is not None
+    assert handler_locals(held[0].__cause__)["secret"] == "local"
+
+
+def test_without_clearing_locals_stay_and_tracebacks_go() -> None:
+    """A debug console has the frames already."""
+    frames: List[Any] = []
+    held: List[BaseException] = []
+
+    async def fail(request: web.Request) -> web.Response:
+        secret = "local"
+        raise ValueError(secret)
+
+    @web.middleware
+    async def console(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except Exception as exc:
+            frames.extend(frame for frame, _ in traceback.walk_tb(exc.__traceback__))
+            raise
+
+    async def main() -> None:
+        app = application(fail)
+        app.middlewares.append(console)
+        setup(app, clear_frames=False)
+        await serve_and_hold(app, held, "/item/a")
+
+    run(main())
+    assert frames[-1].f_locals["secret"] == "local"
+    assert held[0].__traceback__ is None
+
+
+class Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: List[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+@pytest.fixture
+def log() -> Any:
+    records = Records()
+    logger = logging.getLogger("aiohttp_cyclebreak")
+    logger.addHandler(records)
+    yield records.lines
+    logger.removeHandler(records)
+
+
+@pytest.mark.expects_complaint
+@pytest.mark.parametrize("option", ["keep", "on_break"])
+def test_an_error_in_a_callback_is_logged_once(option: str, log: List[str]) -> None:
+    """And swallowed: every request is answered."""
+
+    def broken(*args: Any) -> bool:
+        raise ZeroDivisionError("in the callback")
+
+    async def main() -> List[Any]:
+        app = application()
+        setup(app, **{option: broken})
+        async with serve(app) as service:
+            answers = [await service.ask("/item/a") for _ in range(3)]
+            await service.settle()
+            return answers
+
+    assert run(main()) == [(400, "no")] * 3
+    (line,) = log
+    assert option in line
+    assert "ZeroDivisionError: in the callback" in line
+
+
+@pytest.mark.expects_complaint
+@pytest.mark.parametrize("function", ["graph", "leads_on"])
+def test_an_error_of_our_own_is_logged_once(
+    function: str, monkeypatch: pytest.MonkeyPatch, log: List[str]
+) -> None:
+    """It never reaches the client: while an exception is noted, or severed."""
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError("in the library")
+
+    monkeypatch.setattr(guard, function, broken)
+
+    async def main() -> List[Any]:
+        app = application()
+        setup(app)
+        async with serve(app) as service:
+            answers = [await service.ask("/item/a") for _ in range(3)]
+            await service.settle()
+            return answers
+
+    assert run(main()) == [(400, "no")] * 3
+    assert log
+    assert len(log) == len({line.splitlines()[0] for line in log})
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("value", ["off", " OFF "])
+def test_the_switch_makes_it_a_pass_through(
+    api: str, value: str, monkeypatch: pytest.MonkeyPatch, log: List[str]
+) -> None:
+    """AIOHTTP_CYCLEBREAK=off: it leaks as it did, and the log says why."""
+    monkeypatch.setenv("AIOHTTP_CYCLEBREAK", value)
+    app = application()
+    APIS[api](app)
+    assert run(requests_left(app, *["/item/a"] * 5)) == 5
+    (line,) = log
+    assert "AIOHTTP_CYCLEBREAK=off" in line
+
+
+def test_the_switch_does_not_hide_a_wrong_option(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or it would show when the switch is turned on again."""
+    monkeypatch.setenv("AIOHTTP_CYCLEBREAK", "off")
+    with pytest.raises(TypeError, match="^keep must be"):
+        cyclebreak(keep="no")  # type: ignore[arg-type]
+
+
+def test_a_switch_in_no_known_position_is_reported(
+    monkeypatch: pytest.MonkeyPatch, log: List[str]
+) -> None:
+    """Whoever is on call may have mistyped it."""
+    monkeypatch.setenv("AIOHTTP_CYCLEBREAK", "of")
+    app = application()
+    setup(app)
+    assert run(requests_left(app, "/item/a")) == 0
+    assert "AIOHTTP_CYCLEBREAK=of is not understood" in log[0]
+
+
+def test_several_guards_agree_on_the_most_careful() -> None:
+    """Each callback is called once, and whoever wants to keep, keeps."""
+    events: List[BreakEvent] = []
+    others: List[BreakEvent] = []
+    held: List[BaseException] = []
+
+    async def fail(request: web.Request) -> web.Response:
+        secret = request.match_info["name"]
+        raise (Kept if secret == "kept" else ValueError)(secret)
+
+    async def main() -> None:
+        app = application(fail)
+        app.middlewares.append(cyclebreak(on_break=events.append))
+        setup(
+            app,
+            on_break=others.append,
+            keep=lambda request, exc: isinstance(exc, Kept),
+        )
+        await serve_and_hold(app, held, "/item/kept", "/item/cut")
+
+    run(main())
+    assert handler_locals(held[0])["secret"] == "kept"
+    assert [event.exception for event in events] == [ValueError]
+    assert [event.exception for event in others] == [ValueError]
+
+
+def test_nothing_of_ours_outlives_the_connections() -> None:
+    """Also when the loop is closed under open connections."""
+
+    async def main(close: bool) -> None:
+        app = application()
+        app.router.add_get("/ok", answer)
+        setup(app)
+        async with serve(app) as service:
+            client = await service.connect()
+            await client.get("/item/a")
+            await client.answer()
+            await client.get("/ok")
+            await client.answer()
+            if close:
+                client.close()
+                await service.settle()
+
+    async def abandon() -> Any:
+        app = application()
+        setup(app)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        service = Service(runner, runner.addresses[0][1])
+        client = await service.connect()
+        await client.get("/item/a")
+        await client.answer()
+        return client
+
+    run(main(close=True))
+    run(main(close=False))
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(abandon()).close()
+    loop.close()
+    del loop
+    gc.collect()
+    assert not guard._connections
+    assert not guard._in_hand
+
+
+def test_middlewares_work_with_mocked_requests() -> None:
+    """Unit tests of applications call handlers without a server."""
+    from aiohttp.test_utils import make_mocked_request
+
+    middleware = cyclebreak()
+
+    async def main() -> Any:
+        with pytest.raises(web.HTTPBadRequest):
+            await middleware(make_mocked_request("GET", "/"), refuse)
+        return await middleware(make_mocked_request("GET", "/"), answer)
+
+    assert run(main()).text == "ok"

@@ -1,0 +1,285 @@
+"""One exception in flight in several requests: none of them is disturbed."""
+
+import asyncio
+import traceback
+from typing import Any, Callable, Dict, List, Tuple
+
+import pytest
+from aiohttp import web
+
+from aiohttp_cyclebreak import break_cycles, cyclebreak, setup
+
+from .naive import NAIVE
+from .service import LOOPS, alive, no_collector, run, serve
+
+REQUESTS = 6
+
+Guard = Callable[[web.Application], Any]
+
+GUARDS: Dict[str, Guard] = {
+    "appended": lambda app: app.middlewares.append(cyclebreak()),
+    "outermost": lambda app: app.middlewares.insert(0, cyclebreak()),
+    "setup": setup,
+    "without clearing": lambda app: setup(app, clear_frames=False),
+}
+
+
+class Shared:
+    """Six requests meet one exception, and answer one after the other.
+
+    How each of them meets it is the *trigger*; an outer error middleware, or the
+    handler itself, holds it for as long as it is told to, formats it and answers.
+    """
+
+    def __init__(self, trigger: str, holder: str) -> None:
+        self.trigger = trigger
+        self.holder = holder
+        self.instance = LookupError("one for all")
+        self.waiting = 0
+        self.caught = 0
+        self.closed: List[int] = []
+        self.reports: Dict[int, str] = {}
+        self.locals: Dict[int, bool] = {}
+        self.turn = [asyncio.Event() for _ in range(REQUESTS)]
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def fail(self, number: int) -> None:
+        marker = f"request {number}"
+        self.waiting += 1
+        if self.trigger == "future":
+            await self.future
+        while self.waiting < REQUESTS:
+            await asyncio.sleep(0)
+        if self.trigger == "translated":
+            try:
+                raise self.instance
+            except LookupError as exc:
+                raise web.HTTPBadGateway(text=marker) from exc
+        raise self.instance
+
+    async def hold(self, number: int, exc: BaseException) -> web.Response:
+        self.caught += 1
+        try:
+            await self.turn[number].wait()
+        except GeneratorExit:
+            self.closed.append(number)
+            raise
+        chain = [exc] if exc.__cause__ is None else [exc, exc.__cause__]
+        self.reports[number] = "".join(
+            traceback.format_exception(type(exc), exc, exc.__traceback__)
+        )
+        # The frame of fail() must be there, with its locals, for every request.
+        frames = [
+            frame
+            for each in chain
+            for frame, _ in traceback.walk_tb(each.__traceback__)
+            if frame.f_code.co_name == "fail"
+        ]
+        self.locals[number] = bool(frames) and all(
+            "marker" in frame.f_locals for frame in frames
+        )
+        return web.Response(text=str(number), status=500)
+
+    async def handler(self, request: web.Request) -> web.Response:
+        number = int(request.match_info["number"])
+        if self.holder == "handler":
+            try:
+                await self.fail(number)
+            except Exception as exc:
+                return await self.hold(number, exc)
+        await self.fail(number)
+        return web.Response()
+
+    @property
+    def middleware(self) -> Any:
+        @web.middleware
+        async def catch(request: web.Request, handler: Any) -> web.StreamResponse:
+            try:
+                return await handler(request)  # type: ignore[no-any-return]
+            except Exception as exc:
+                return await self.hold(int(request.match_info["number"]), exc)
+
+        return catch
+
+
+async def share(
+    trigger: str, holder: str, guard: Guard, timeout: float = 30.0
+) -> Tuple[Shared, List[Any]]:
+    shared = Shared(trigger, holder)
+    app = web.Application()
+    app.router.add_get("/{number}", shared.handler)
+    app.middlewares.append(shared.middleware)
+    guard(app)
+    async with serve(app) as service:
+        clients = [await service.connect() for _ in range(REQUESTS)]
+        for number, client in enumerate(clients):
+            await client.get(f"/{number}")
+        while shared.waiting < REQUESTS:
+            await asyncio.sleep(0.001)
+        if trigger == "future":
+            shared.future.set_exception(shared.instance)
+        while shared.caught < REQUESTS and not shared.closed:
+            await asyncio.sleep(0.001)
+        answers: List[Any] = []
+        for number, client in enumerate(clients):
+            shared.turn[number].set()
+            try:
+                answers.append(await asyncio.wait_for(client.answer(), timeout))
+            except (asyncio.TimeoutError, ConnectionError) as exc:
+                answers.append(exc)
+            client.close()
+            # The request's task is done, and its connection's, before the next.
+            for _ in range(50):
+                await asyncio.sleep(0)
+        if not all(isinstance(answer, tuple) for answer in answers):
+            # Whoever awaits a coroutine that was closed waits for ever.
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+        await service.settle()
+    return shared, answers
+
+
+TRIGGERS = ("future", "singleton", "translated")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("holder", ["middleware", "handler"])
+@pytest.mark.parametrize("trigger", TRIGGERS)
+def test_every_request_is_answered_and_formats_the_traceback(
+    trigger: str, holder: str, guard: str, loop: str
+) -> None:
+    """One exception in six requests: each has all of it until it is done itself."""
+    shared, answers = run(share(trigger, holder, GUARDS[guard]), loop)
+    assert answers == [(500, str(number)) for number in range(REQUESTS)]
+    assert not shared.closed
+    assert all("in fail" in shared.reports[number] for number in range(REQUESTS))
+    if guard != "without clearing" or holder == "middleware":
+        assert all(shared.locals[number] for number in range(REQUESTS))
+
+
+@pytest.mark.parametrize("trigger", TRIGGERS)
+def test_and_the_last_of_them_leaves_nothing(trigger: str) -> None:
+    """What the others left to it, the last request severs."""
+
+    async def main() -> int:
+        with no_collector():
+            before = len(alive())
+            _shared, answers = await share(trigger, "middleware", setup)
+            assert len(answers) == REQUESTS
+            await asyncio.sleep(0)
+            return len(alive()) - before
+
+    assert run(main()) == 0
+
+
+@pytest.mark.parametrize("naive", NAIVE)
+@pytest.mark.parametrize("trigger", TRIGGERS)
+def test_the_naive_way_is_caught(trigger: str, naive: str) -> None:
+    """Clearing all frames loses locals everywhere, and answers before 3.13."""
+
+    def guard(app: web.Application) -> None:
+        app.middlewares.append(NAIVE[naive])
+
+    shared, answers = run(share(trigger, "middleware", guard, timeout=0.5))
+    assert (
+        shared.closed
+        or any(not isinstance(answer, tuple) for answer in answers)
+        or not all(shared.locals.get(number) for number in range(REQUESTS))
+    )
+
+
+@pytest.mark.parametrize("guard", ["none", *GUARDS])
+def test_a_suspended_generator_in_a_traceback_is_not_closed(guard: str) -> None:
+    """It goes on after the request in whose traceback it was."""
+    closed = []
+    kept: List[Any] = []
+
+    def numbers() -> Any:
+        try:
+            raise ValueError("caught by the generator")
+        except ValueError as exc:
+            try:
+                yield exc
+                yield "still here"
+            except GeneratorExit:
+                closed.append("generator")
+                raise
+
+    async def handler(request: web.Request) -> web.Response:
+        generator = numbers()
+        kept.append(generator)
+        raise next(generator)
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        if guard != "none":
+            GUARDS[guard](app)
+        async with serve(app) as service:
+            assert (await service.ask())[0] == 500
+            await service.settle()
+
+    run(main())
+    assert not closed
+    assert next(kept[0]) == "still here"
+
+
+@pytest.mark.parametrize("guard", ["none", *GUARDS])
+def test_a_suspended_coroutine_in_a_traceback_is_not_closed(guard: str) -> None:
+    """A task that caught the exception first goes on after the request."""
+    outcome: List[str] = []
+
+    async def main() -> None:
+        go_on = asyncio.Event()
+        failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def worker(exc: BaseException) -> None:
+            try:
+                raise exc
+            except ValueError:
+                failed.set_result(None)
+                await go_on.wait()
+                outcome.append(traceback.format_exc())
+
+        async def handler(request: web.Request) -> web.Response:
+            exc = ValueError("shared with a worker")
+            tasks.append(asyncio.ensure_future(worker(exc)))
+            await failed
+            raise exc
+
+        tasks: List[Any] = []
+        app = web.Application()
+        app.router.add_get("/", handler)
+        if guard != "none":
+            GUARDS[guard](app)
+        async with serve(app) as service:
+            assert (await service.ask())[0] == 500
+            while service.runner.server and service.runner.server.connections:
+                await asyncio.sleep(0.001)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            go_on.set()
+            await tasks[0]
+
+    run(main())
+    assert "in worker" in outcome[0]
+
+
+def test_decorated_routes_share_as_well() -> None:
+    """The decorator counts in flight as the middleware does."""
+
+    async def main() -> Tuple[Shared, List[Any]]:
+        def guard(app: web.Application) -> None:
+            pass
+
+        original = Shared.handler
+        try:
+            Shared.handler = break_cycles(original)  # type: ignore[method-assign]
+            return await share("singleton", "middleware", guard)
+        finally:
+            Shared.handler = original  # type: ignore[method-assign]
+
+    shared, answers = run(main())
+    assert answers == [(500, str(number)) for number in range(REQUESTS)]
+    assert all(shared.locals[number] for number in range(REQUESTS))

@@ -1,0 +1,243 @@
+"""release_body=True: an idle connection does not keep the body of its last request."""
+
+import asyncio
+import gc
+import tracemalloc
+from typing import Any, Callable, Dict, List
+
+import pytest
+from aiohttp import web
+
+from aiohttp_cyclebreak import (
+    BodyReleasedError,
+    cyclebreak,
+    guard_server,
+    keep_cycles,
+    setup,
+)
+
+from .service import LOOPS, Service, run, serve, spin
+from .test_server import start
+
+CONNECTIONS = 200
+FORM = "application/x-www-form-urlencoded"
+
+
+async def read(request: web.Request) -> web.Response:
+    return web.Response(text=str(len(await request.read())))
+
+
+async def parse(request: web.Request) -> web.Response:
+    return web.Response(text=str(len(await request.post())))
+
+
+async def ignore(request: web.Request) -> web.Response:
+    return web.Response(text="ignored")
+
+
+async def refuse(request: web.Request) -> web.Response:
+    await request.read()
+    raise web.HTTPBadRequest(text="no")
+
+
+def application(handler: Any) -> web.Application:
+    app = web.Application()
+    app.router.add_post("/", handler)
+    return app
+
+
+async def held(service: Service, body: bytes, *headers: str) -> int:
+    """Bytes that so many idle connections hold after a request with this body."""
+    clients = [await service.connect() for _ in range(CONNECTIONS)]
+    for client in clients:  # a first one each, for what a connection itself takes
+        await client.post("/", b"a", *headers)
+        await client.answer()
+    gc.collect()
+    tracemalloc.start()
+    for client in clients:
+        await client.post("/", body, *headers)
+        await client.answer()
+    await spin()
+    gc.collect()
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    for client in clients:
+        client.close()
+    await service.settle()
+    return size
+
+
+@pytest.mark.parametrize("handler", [read, parse, refuse])
+def test_idle_connections_hold_no_bodies(handler: Any) -> None:
+    """200 that uploaded 500 kB hold at most 1 MiB more than those with one byte."""
+
+    async def main(release: bool) -> int:
+        app = application(handler)
+        setup(app, release_body=release)
+        async with serve(app) as service:
+            headers = [f"Content-Type: {FORM}"]
+            small = await held(service, b"a", *headers)
+            return await held(service, b"a=" + b"b" * 500_000, *headers) - small
+
+    assert run(main(release=False)) > CONNECTIONS * 400_000
+    assert run(main(release=True)) < 2**20
+
+
+Install = Callable[[web.Application], Any]
+INSTALL: Dict[str, Install] = {
+    "appended": lambda app: app.middlewares.append(cyclebreak(release_body=True)),
+    "setup": lambda app: setup(app, release_body=True),
+}
+
+
+async def read_late(
+    app: web.Application, read_again: Any, body: bytes, *headers: str
+) -> Any:
+    """What a background task gets that reads the body after the response."""
+    outcome: List[Any] = []
+    go_on = asyncio.Event()
+    tasks: List[Any] = []
+
+    async def work(request: web.Request) -> None:
+        await go_on.wait()
+        try:
+            outcome.append(await read_again(request))
+        except Exception as exc:
+            outcome.append(exc)
+
+    @web.middleware
+    async def spawn(request: web.Request, handler: Any) -> web.StreamResponse:
+        tasks.append(asyncio.ensure_future(work(request)))
+        return await handler(request)  # type: ignore[no-any-return]
+
+    app.middlewares.insert(0, spawn)
+    async with serve(app) as service:
+        client = await service.connect()
+        await client.post("/", body, *headers)
+        await client.answer()
+        await spin()
+        go_on.set()
+        await tasks[0]
+        client.close()
+    return outcome[0]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("install", INSTALL)
+@pytest.mark.parametrize("handler", [read, parse, ignore, refuse])
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda request: request.read(),
+        lambda request: request.text(),
+        lambda request: request.json(),
+        lambda request: request.post(),
+        lambda request: request.content.read(),
+    ],
+    ids=["read", "text", "json", "post", "content"],
+)
+def test_reading_it_later_is_an_error_that_names_the_option(
+    again: Any, handler: Any, install: str, loop: str
+) -> None:
+    """Never an empty body."""
+    app = application(handler)
+    INSTALL[install](app)
+    outcome = run(read_late(app, again, b"a=body", f"Content-Type: {FORM}"), loop)
+    assert isinstance(outcome, BodyReleasedError)
+    assert isinstance(outcome, web.PayloadAccessError)
+    assert "release_body=True" in str(outcome)
+
+
+def test_without_the_option_a_body_that_was_read_stays() -> None:
+    """It is what aiohttp does."""
+    app = application(read)
+    setup(app)
+    assert run(read_late(app, lambda request: request.read(), b"body")) == b"body"
+
+
+def test_keep_cycles_leaves_the_body_alone() -> None:
+    """The route is left as it is, whole."""
+    app = application(keep_cycles(read))
+    setup(app, release_body=True)
+    assert run(read_late(app, lambda request: request.read(), b"body")) == b"body"
+
+
+def test_a_server_releases_too() -> None:
+    """guard_server(runner, release_body=True) takes no middleware."""
+
+    async def main() -> int:
+        runner = web.AppRunner(application(read))
+        await runner.setup()
+        guard_server(runner, release_body=True)
+        service = await start(runner)
+        size = await held(service, b"b" * 500_000)
+        await runner.cleanup()
+        return size
+
+    assert run(main()) < 4 * 2**20
+
+
+def test_a_file_that_is_in_use_is_left_as_it_was() -> None:
+    """A background task has it from the form; only the form itself is let go.
+
+    aiohttp closes the files of a form after the response, but for the oldest.
+    """
+    outcome: List[Any] = []
+    body = (
+        b"--limit\r\n"
+        b'Content-Disposition: form-data; name="image"; filename="a.png"\r\n'
+        b"Content-Type: image/png\r\n\r\n"
+        b"pixels\r\n"
+        b"--limit--\r\n"
+    )
+
+    async def main(release: bool) -> None:
+        go_on = asyncio.Event()
+        tasks: List[Any] = []
+
+        async def work(file: Any) -> None:
+            await go_on.wait()
+            outcome.append("closed" if file.closed else file.read())
+            file.close()
+
+        async def keep_file(request: web.Request) -> web.Response:
+            form = await request.post()
+            field: Any = form["image"]
+            tasks.append(asyncio.ensure_future(work(field.file)))
+            return web.Response()
+
+        app = application(keep_file)
+        setup(app, release_body=release)
+        async with serve(app) as service:
+            client = await service.connect()
+            await client.post(
+                "/", body, "Content-Type: multipart/form-data; boundary=limit"
+            )
+            await client.answer()
+            await spin()
+            go_on.set()
+            await tasks[0]
+            client.close()
+
+    run(main(release=False))
+    run(main(release=True))
+    assert outcome[0] == outcome[1]
+    assert outcome[0] in ("closed", b"pixels")
+
+
+def test_the_connection_goes_on() -> None:
+    """The next request on it, with a body and without, is served as ever."""
+
+    async def main() -> List[Any]:
+        app = application(read)
+        setup(app, release_body=True)
+        async with serve(app) as service:
+            client = await service.connect()
+            answers = []
+            for size in (3, 100_000, 0, 5):
+                await client.post("/", b"b" * size)
+                answers.append(await client.answer())
+            client.close()
+            return answers
+
+    assert run(main()) == [(200, "3"), (200, "100000"), (200, "0"), (200, "5")]

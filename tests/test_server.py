@@ -1,0 +1,285 @@
+"""guard_server(): one runner, its connections, and those that carry no request."""
+
+import asyncio
+import socket
+from typing import Any, List
+
+import pytest
+from aiohttp import web, web_protocol
+
+from aiohttp_cyclebreak import BreakEvent, guard_server
+
+from .service import AIOHTTP, LOOPS, Service, alive, no_collector, run
+from .test_middleware import Records, log  # noqa: F401
+
+
+async def refuse(request: web.BaseRequest) -> web.Response:
+    raise web.HTTPBadRequest(text="no")
+
+
+@web.middleware
+async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
+    error = None
+    try:
+        return await handler(request)  # type: ignore[no-any-return]
+    except web.HTTPException as exc:
+        error = exc
+    return web.Response(text=str(error), status=500)
+
+
+def application(*middlewares: Any) -> web.Application:
+    app = web.Application(middlewares=middlewares)
+    app.router.add_get("/", refuse)
+    sub = web.Application(middlewares=middlewares)
+    sub.router.add_get("/", refuse)
+    app.add_subapp("/sub/", sub)
+    return app
+
+
+async def start(runner: Any) -> Service:
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    await web.SockSite(runner, sock).start()
+    return Service(runner, sock.getsockname()[1])
+
+
+async def requests_left(runner: Any, guarded: bool, *paths: str) -> int:
+    with no_collector():
+        before = len(alive())
+        await runner.setup()
+        if guarded:
+            guard_server(runner)
+        service = await start(runner)
+        for path in paths:
+            await service.ask(path)
+        await service.settle()
+        left = len(alive()) - before
+        await runner.cleanup()
+        return left
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("middlewares", [(), (swallow,)])
+def test_it_needs_no_middleware(middlewares: Any, loop: str) -> None:
+    """Also where the application swallows what its handlers raise."""
+    paths = ["/", "/sub/", "/missing"] * 3
+
+    async def main(guarded: bool) -> int:
+        app = application(*middlewares)
+        return await requests_left(web.AppRunner(app), guarded, *paths)
+
+    assert run(main(guarded=False), loop) == 9
+    assert run(main(guarded=True), loop) == 0
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_low_level_server(loop: str) -> None:
+    """A ServerRunner has no application, no route and no middleware."""
+
+    async def main(guarded: bool) -> int:
+        return await requests_left(
+            web.ServerRunner(web.Server(refuse)), guarded, *["/"] * 5
+        )
+
+    assert run(main(guarded=False), loop) == 5
+    assert run(main(guarded=True), loop) == 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_only_this_runner_is_affected(shared: bool) -> None:
+    """Two runners in one process, one guarded and one not, of one application too."""
+
+    async def main() -> List[int]:
+        apps = [application(), application()]
+        if shared:
+            apps[1] = apps[0]
+        runners = [web.AppRunner(app) for app in apps]
+        left = []
+        with no_collector():
+            services = []
+            for number, runner in enumerate(runners):
+                await runner.setup()
+                if not number:
+                    guard_server(runner)
+                services.append(await start(runner))
+            for service in services:
+                before = len(alive())
+                for _ in range(5):
+                    await service.ask("/")
+                await service.settle()
+                left.append(len(alive()) - before)
+            for runner in runners:
+                await runner.cleanup()
+        return left
+
+    assert run(main()) == [0, 5]
+
+
+def test_a_runner_of_ones_own_guards_itself() -> None:
+    """What gunicorn's workers are given, and what replaces run_app()."""
+
+    class GuardedRunner(web.AppRunner):
+        async def setup(self) -> None:
+            await super().setup()
+            guard_server(self)
+
+    async def main() -> int:
+        with no_collector():
+            before = len(alive())
+            runner = GuardedRunner(application())
+            await runner.setup()
+            service = await start(runner)
+            await service.ask("/")
+            await service.settle()
+            left = len(alive()) - before
+            await runner.cleanup()
+            return left
+
+    assert run(main()) == 0
+
+
+def test_twice_is_once() -> None:
+    """One event for each request."""
+    events: List[BreakEvent] = []
+
+    async def main() -> None:
+        runner = web.AppRunner(application())
+        await runner.setup()
+        for _ in range(2):
+            guard_server(runner, on_break=events.append)
+        service = await start(runner)
+        await service.ask("/")
+        await service.settle()
+        await runner.cleanup()
+
+    run(main())
+    assert [event.exception for event in events] == [web.HTTPBadRequest]
+
+
+@pytest.mark.parametrize("wrong", [None, web.Application(), "runner"])
+def test_anything_else_than_a_runner_is_a_type_error(wrong: Any) -> None:
+    """The application is a likely slip."""
+    with pytest.raises(TypeError, match="^runner must be an"):
+        guard_server(wrong)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("keep", 1), ("on_break", 1), ("clear_frames", 1), ("release_body", None)],
+)
+def test_a_wrong_option_is_named(option: str, value: Any) -> None:
+    """As for the middleware."""
+
+    async def main() -> None:
+        with pytest.raises(TypeError, match=f"^{option} must be"):
+            guard_server(web.AppRunner(web.Application()), **{option: value})
+
+    run(main())
+
+
+def test_too_early_and_too_late_are_errors() -> None:
+    """And say what to do."""
+
+    async def main() -> None:
+        runner = web.AppRunner(application())
+        with pytest.raises(RuntimeError, match=r"await runner\.setup\(\) before"):
+            guard_server(runner)
+        await runner.setup()
+        await start(runner)
+        with pytest.raises(RuntimeError, match=r"before the first site\.start\(\)"):
+            guard_server(runner)
+        await runner.cleanup()
+
+    run(main())
+
+
+def test_other_internals_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than guess, it says what is missing."""
+
+    async def main() -> None:
+        runner = web.AppRunner(application())
+        await runner.setup()
+        monkeypatch.delattr(web_protocol, "_ErrInfo")
+        with pytest.raises(RuntimeError, match=r"_ErrInfo: install a newer"):
+            guard_server(runner)
+        await runner.cleanup()
+
+    run(main())
+
+
+def test_the_switch(
+    monkeypatch: pytest.MonkeyPatch,
+    log: List[str],  # noqa: F811
+) -> None:
+    """AIOHTTP_CYCLEBREAK=off leaves the server as it is."""
+    monkeypatch.setenv("AIOHTTP_CYCLEBREAK", "off")
+
+    async def main() -> int:
+        return await requests_left(web.AppRunner(application()), True, *["/"] * 3)
+
+    assert run(main()) == 3
+    assert "AIOHTTP_CYCLEBREAK=off" in log[0]
+
+
+def test_a_malformed_request_is_answered_and_logged_as_before() -> None:
+    """Nothing that aiohttp does about it changes."""
+
+    async def main(guarded: bool) -> List[bytes]:
+        runner = web.AppRunner(application())
+        await runner.setup()
+        if guarded:
+            guard_server(runner)
+        service = await start(runner)
+        answers = []
+        for sent in (b"not HTTP\r\n\r\n", b"GET / HTTP/1.1\r\nbad header\r\n\r\n"):
+            client = await service.connect()
+            await client.send(sent)
+            try:
+                status, body = await client.answer()
+                answers.append(b"%d %s" % (status, body.encode()))
+            except ConnectionError:
+                answers.append(b"closed")
+            client.close()
+        await service.settle()
+        await runner.cleanup()
+        return answers
+
+    bare = run(main(guarded=False))
+    assert bare[0].startswith(b"400")
+    assert run(main(guarded=True)) == bare
+
+
+@pytest.mark.skipif(AIOHTTP < (3, 9), reason="it waits a minute for a busy handler")
+def test_shutdown_with_connections_open() -> None:
+    """Idle and busy ones, as a deployment finds them."""
+
+    async def main() -> int:
+        with no_collector():
+            before = len(alive())
+            waiting = asyncio.Event()
+
+            async def wait(request: web.Request) -> web.Response:
+                waiting.set()
+                await asyncio.Event().wait()
+                return web.Response()
+
+            app = application()
+            app.router.add_get("/wait", wait)
+            runner = web.AppRunner(app, handler_cancellation=True)
+            await runner.setup()
+            guard_server(runner)
+            service = await start(runner)
+            clients = [await service.connect() for _ in range(3)]
+            await clients[0].get("/")
+            await clients[0].answer()
+            await clients[1].get("/wait")
+            await waiting.wait()
+            clients[1].close()
+            await runner.cleanup()
+            for client in clients:
+                client.close()
+            for _ in range(50):
+                await asyncio.sleep(0)
+            return len(alive()) - before
+
+    assert run(main()) == 0

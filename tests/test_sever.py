@@ -1,0 +1,491 @@
+"""Exceptions, tracebacks and frames, without a server."""
+
+import asyncio
+import functools
+import gc
+import sys
+import traceback
+import weakref
+from typing import Any, Callable, Dict, Iterator, List
+
+import pytest
+
+from aiohttp_cyclebreak.sever import (
+    Cut,
+    frames_of,
+    graph,
+    in_flight,
+    is_finished,
+    sever,
+)
+
+if sys.version_info >= (3, 11):
+    from builtins import BaseExceptionGroup, ExceptionGroup
+else:
+    from exceptiongroup import BaseExceptionGroup, ExceptionGroup
+
+
+def caught(raiser: Callable[[], Any]) -> BaseException:
+    try:
+        raiser()
+    except BaseException as exc:
+        return exc
+    raise AssertionError("nothing was raised")
+
+
+class Marker:
+    """An object whose life can be watched."""
+
+
+def fail_with_local(marker: Any) -> None:
+    exc = ValueError("with a local")
+    local = marker  # noqa: F841
+    raise exc  # the frame holds the exception, whose traceback holds the frame
+
+
+@pytest.mark.parametrize("clear_frames", [True, False])
+def test_a_cycle_is_cut(clear_frames: bool) -> None:
+    """Bare, only the collector frees what the frame holds."""
+    gc.collect()
+    gc.disable()
+    try:
+        for guarded in (False, True):
+            marker = Marker()
+            watched = weakref.ref(marker)
+            exc = caught(lambda marker=marker: fail_with_local(marker))
+            if guarded:
+                sever(graph(exc), clear_frames=clear_frames)
+            del exc, marker
+            assert (watched() is None) is guarded
+            gc.collect()
+            assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_the_text_stays_and_the_locals_go() -> None:
+    """An emptied frame still prints."""
+    exc = caught(lambda: fail_with_local("secret"))
+    text = traceback.format_exception(type(exc), exc, exc.__traceback__)
+    cut = sever([exc])
+    assert traceback.format_exception(type(exc), exc, exc.__traceback__) == text
+    assert [frame.f_locals for frame in frames_of(exc)][-1] == {}
+    assert cut.exceptions == 1
+    assert cut.frames >= 2
+
+
+def test_without_clearing_the_locals_stay_and_the_traceback_goes() -> None:
+    """What a debug console holds, it holds whole."""
+    exc = caught(lambda: fail_with_local("secret"))
+    frames = list(frames_of(exc))
+    cut = sever([exc], clear_frames=False)
+    assert exc.__traceback__ is None
+    assert frames[-1].f_locals["local"] == "secret"
+    assert cut == Cut(exceptions=1, tracebacks=3, frames=0)
+
+
+def test_spared_frames_keep_their_locals() -> None:
+    """Another exception, which is kept, shares them."""
+    exc = caught(lambda: fail_with_local("secret"))
+    *_, innermost = frames_of(exc)
+    sever([exc], spare=[innermost])
+    assert innermost.f_locals["local"] == "secret"
+
+
+def test_an_instance_raised_again_and_again_gathers_nothing() -> None:
+    """Its traceback grows by every time, until it is taken off."""
+    instance = LookupError("one for all")
+
+    def fail(marker: Any) -> None:
+        raise instance
+
+    for _ in range(20):
+        caught(lambda: fail("marker"))
+        sever([instance])
+        assert "in fail" in "".join(traceback.format_tb(instance.__traceback__))
+    assert len(list(frames_of(instance))) < 10
+
+
+SUSPENDED = ("await", "yield", "yield from", "await in a loop")
+
+
+def suspended_at(where: str, seen: List[Any]) -> Any:
+    """A coroutine or generator that will stop there with an exception caught."""
+
+    class Stop:
+        def __await__(self) -> Iterator[None]:
+            yield None
+
+    async def stopped_at_await(seen: List[Any]) -> None:
+        try:
+            raise ValueError("suspended")
+        except ValueError as exc:
+            seen.append(exc)
+            await Stop()
+
+    def stopped_at_yield(seen: List[Any]) -> Iterator[None]:
+        try:
+            raise ValueError("suspended")
+        except ValueError as exc:
+            seen.append(exc)
+            yield
+
+    def stopped_at_yield_from(seen: List[Any]) -> Iterator[None]:
+        try:
+            raise ValueError("suspended")
+        except ValueError as exc:
+            seen.append(exc)
+            yield from iter([None])
+
+    async def stopped_in_loop(seen: List[Any]) -> None:
+        for _ in range(3):
+            try:
+                raise ValueError("suspended")
+            except ValueError as exc:
+                seen.append(exc)
+                await Stop()
+
+    functions: Dict[str, Any] = {
+        "await": stopped_at_await,
+        "yield": stopped_at_yield,
+        "yield from": stopped_at_yield_from,
+        "await in a loop": stopped_in_loop,
+    }
+    return functions[where](seen)
+
+
+@pytest.mark.parametrize("where", SUSPENDED)
+def test_a_suspended_frame_is_never_closed(where: str) -> None:
+    """frame.clear() would, before CPython 3.13."""
+    seen: List[Any] = []
+    suspended = suspended_at(where, seen)
+    suspended.send(None)
+    (exc,) = seen
+    (frame,) = frames_of(exc)
+    assert not is_finished(frame)
+    sever([exc])
+    assert "exc" in frame.f_locals
+    with pytest.raises(StopIteration):
+        while True:
+            suspended.send(None)  # it goes on to its end
+    assert is_finished(frame)
+
+
+def test_a_coroutine_left_by_an_exception_is_finished() -> None:
+    """Though its last instruction is the await at which it had been suspended."""
+
+    class Fail:
+        def __await__(self) -> Iterator[None]:
+            yield None
+            raise ValueError("out of an await")
+
+    async def inner() -> None:
+        await Fail()
+
+    async def outer(marker: str) -> None:
+        await inner()
+
+    for resume in ("send", "throw"):
+        coroutine = outer("marker")
+        coroutine.send(None)
+        with pytest.raises((ValueError, asyncio.CancelledError)) as raised:
+            if resume == "send":
+                coroutine.send(None)
+            else:
+                coroutine.throw(asyncio.CancelledError())
+        frames = list(frames_of(raised.value))[1:]
+        if sys.version_info < (3, 11):
+            # A generator that an exception is thrown into at its yield cannot be
+            # told from one that is suspended there: it is left alone.
+            frames = frames[:-1]
+        assert all(is_finished(frame) for frame in frames)
+        sever([raised.value])
+        assert [dict(frame.f_locals) for frame in frames] == [{}] * len(frames)
+
+
+def test_an_exception_in_another_tasks_hands_is_in_flight() -> None:
+    """A task has caught it, and is suspended."""
+
+    async def main() -> None:
+        shared = ValueError("shared")
+        go_on = asyncio.Event()
+
+        async def hold() -> None:
+            try:
+                raise shared
+            except ValueError:
+                await go_on.wait()
+
+        task = asyncio.ensure_future(hold())
+        await asyncio.sleep(0)
+        assert in_flight(shared)
+        go_on.set()
+        await task
+        assert not in_flight(shared)
+
+    asyncio.run(main())
+
+
+def test_a_running_frame_is_left_alone() -> None:
+    """It is this one."""
+    local = "still here"
+    try:
+        raise ValueError
+    except ValueError as exc:
+        sever([exc])
+    assert local == "still here"
+
+
+class Hostile(Exception):
+    """It fights back wherever it can."""
+
+    @property
+    def __traceback__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("no traceback")
+
+    @property
+    def __context__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("no context")
+
+    @property
+    def __cause__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("no cause")
+
+    @property
+    def exceptions(self) -> Any:
+        raise RuntimeError("no group")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise RuntimeError("frozen")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no equal")
+
+    def __hash__(self) -> int:
+        raise RuntimeError("no hash")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+def test_an_exception_that_fights_back_is_severed() -> None:
+    """Its attributes are read as BaseException has them."""
+
+    def fail(marker: Any) -> None:
+        try:
+            raise Hostile
+        except Hostile as exc:
+            raise Hostile from exc
+
+    marker = Marker()
+    watched = weakref.ref(marker)
+    exc = caught(lambda marker=marker: fail(marker))
+    cut = sever(graph(exc))
+    assert cut.exceptions == 2
+    del marker
+    gc.disable()
+    try:
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_an_attribute_called_exceptions_makes_no_group() -> None:
+    """What it holds was not given to us."""
+
+    class Errors(Exception):
+        exceptions: List[Any]
+
+    other = caught(lambda: fail_with_local("untouched"))
+    exc = Errors()
+    exc.exceptions = [other, "no exception"]
+    assert graph(exc) == [exc]
+    sever(graph(exc))
+    assert list(frames_of(other))[-1].f_locals["local"] == "untouched"
+
+
+def test_the_members_of_a_group_are_reached() -> None:
+    """Nested ones too, and those of a subclass that hides them."""
+
+    class Hiding(BaseExceptionGroup):  # type: ignore[type-arg]
+        @property
+        def exceptions(self) -> Any:  # type: ignore[override]
+            return ()
+
+    inner = ValueError("inner")
+    group = Hiding("outer", [ExceptionGroup("nested", [inner]), KeyError("other")])
+    found = graph(group)
+    assert len(found) == 4
+    assert inner in found
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 20_000])
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("attribute", ["__cause__", "__context__"])
+def test_a_chain_of_any_length_is_walked_and_opened(
+    attribute: str, closed: bool, length: int
+) -> None:
+    """No recursion, and no loop afterwards."""
+    chain = [ValueError(number) for number in range(length)]
+    for exc, following in zip(chain, chain[1:]):
+        setattr(exc, attribute, following)
+    if closed:
+        setattr(chain[-1], attribute, chain[0])
+    assert len(graph(chain[0])) == length
+    sever(graph(chain[0]))
+    assert getattr(chain[-1], attribute) is None
+    following = chain[0]
+    for exc in chain[1:]:
+        following = getattr(following, attribute)
+        assert following is exc
+    while chain:  # CPython frees a long chain by recursion
+        chain.pop()
+
+
+def test_opening_a_loop_does_not_change_what_prints() -> None:
+    """The link that is cut leads to an exception printed already."""
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__context__ = second, first
+    second.__suppress_context__ = False
+
+    def text() -> List[str]:
+        return traceback.format_exception(type(first), first, None)
+
+    before = text()
+    sever(graph(first))
+    assert text() == before
+    assert first.__suppress_context__
+
+
+def test_a_loop_through_a_group_is_opened() -> None:
+    """A group's members cannot be taken out, so another link is cut."""
+    member = ValueError("member")
+    group = ExceptionGroup("group", [member])
+    member.__context__ = group
+    sever(graph(member))
+    assert member.__context__ is None
+    member.__context__ = group
+    sever(graph(group))
+    assert member.__context__ is None
+
+
+def test_a_group_nested_a_thousand_deep() -> None:
+    """No recursion."""
+    exc: Any = ValueError("innermost")
+    for _ in range(1000):
+        exc = ExceptionGroup("one deeper", [exc])
+    assert len(graph(exc)) == 1001
+    sever(graph(exc))
+
+
+def test_a_traceback_900_frames_deep() -> None:
+    """All of them are emptied."""
+
+    def fall(depth: int) -> None:
+        if depth:
+            fall(depth - 1)
+        raise ValueError("at the bottom")
+
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + 1000)
+    try:
+        exc = caught(lambda: fall(900))
+    finally:
+        sys.setrecursionlimit(limit)
+    assert sever([exc]).frames >= 901
+
+
+def test_what_was_not_given_is_left_alone() -> None:
+    """The cause of an exception, when only the exception is given."""
+    cause = caught(lambda: fail_with_local("untouched"))
+    exc = ValueError()
+    exc.__cause__ = cause
+    sever([exc])
+    assert exc.__cause__ is cause
+    assert list(frames_of(cause))[-1].f_locals["local"] == "untouched"
+
+
+def test_what_a_function_closes_over_is_let_go_with_it() -> None:
+    """A frame holds its function from CPython 3.11 on."""
+
+    def fail_in_closure(marker: Any, other: Any) -> None:
+        def inner(defaulted: Any = other) -> None:
+            raise ValueError(type(marker))
+
+        def outer() -> None:
+            try:
+                inner()
+            finally:
+                assert marker is not None
+
+        outer()
+
+    gc.collect()
+    gc.disable()
+    try:
+        marker, other = Marker(), Marker()
+        watched = [weakref.ref(marker), weakref.ref(other)]
+        exc = caught(functools.partial(fail_in_closure, marker, other))
+        del marker, other
+        text = traceback.format_exception(type(exc), exc, exc.__traceback__)
+        sever([exc])
+        assert [each() for each in watched] == [None, None]
+        assert traceback.format_exception(type(exc), exc, exc.__traceback__) == text
+    finally:
+        gc.enable()
+
+
+def test_what_a_living_function_closes_over_stays() -> None:
+    """It is called again, or shares the cell with one that is."""
+
+    def make() -> Any:
+        value = "closed over"
+
+        def dead() -> None:
+            raise ValueError(value)
+
+        def living() -> str:
+            return value
+
+        return caught(dead), living
+
+    exc, living = make()
+    sever([exc])
+    assert living() == "closed over"
+
+    def again(default: str = "default") -> str:
+        raise ValueError(living() + default)
+
+    for _ in range(2):
+        exc = caught(again)
+        sever([exc])
+        assert exc.args == ("closed overdefault",)
+
+
+def test_the_callers_behind_a_traceback_are_emptied_too() -> None:
+    """A traceback ends where the exception was caught; f_back goes on."""
+    held: List[Any] = []
+
+    def catch() -> None:
+        try:
+            raise ValueError
+        except ValueError as exc:
+            held.append(exc)
+
+    def call(marker: Any) -> None:
+        itself = sys._getframe()  # noqa: F841  # a cycle of its own
+        catch()
+
+    def lose() -> "weakref.ref[Any]":
+        marker = Marker()
+        call(marker)
+        return weakref.ref(marker)
+
+    gc.disable()
+    try:
+        watched = lose()
+        assert watched() is not None
+        sever(held)
+        assert watched() is None
+    finally:
+        gc.enable()
