@@ -1,0 +1,97 @@
+"""CPython x aiohttp, and what else has to hold before a release.
+
+``nox`` alone runs what has to pass on every change and is an error where an
+interpreter is missing; ``nox -s tests`` runs the whole matrix.
+"""
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "uv|venv"
+nox.options.error_on_missing_interpreters = True
+nox.options.tags = ["main"]
+
+PYTHONS = ("3.8", "3.9", "3.10", "3.11", "3.12", "3.13")
+SUSPECT = "3.10.11"  # the last release for CPython 3.8
+NEWEST = "newest"
+
+# (CPython, aiohttp): the main entries first.
+MAIN = (
+    ("3.8", SUSPECT),
+    ("3.11", SUSPECT),
+    ("3.13", SUSPECT),
+    ("3.11", NEWEST),
+)
+MATRIX = (
+    *((python, SUSPECT) for python in PYTHONS),
+    # Both sides of each change to what a request is held by.
+    ("3.11", "3.8.6"),
+    ("3.11", "3.9.5"),
+    ("3.11", "3.10.0"),
+    ("3.11", "3.10.10"),
+    ("3.11", "3.11.13"),
+    ("3.11", "3.11.18"),
+    ("3.11", "3.12.15"),
+    ("3.11", "3.13.5"),
+    ("3.12", "3.11.13"),
+    ("3.13", NEWEST),
+)
+
+
+def entries():
+    """Give the matrix as parameters of a session, each entry once."""
+    for python, aiohttp in dict.fromkeys(MAIN + MATRIX):
+        tags = ["main"] if (python, aiohttp) in MAIN else []
+        name = f"py{python}-aiohttp{aiohttp}"
+        yield nox.param(python, aiohttp, True, id=name, tags=tags)
+    yield nox.param("3.11", SUSPECT, False, id=f"py3.11-aiohttp{SUSPECT}-pure")
+
+
+def requirement(aiohttp):
+    """Give what to install for one version of aiohttp."""
+    return "aiohttp" if aiohttp == NEWEST else f"aiohttp=={aiohttp}"
+
+
+@nox.session
+@nox.parametrize(("python", "aiohttp", "extensions"), tuple(entries()))
+def tests(session, aiohttp, extensions):
+    """Run the tests, on asyncio's own event loop and on uvloop."""
+    session.install("-e", ".[test]", requirement(aiohttp))
+    env = {} if extensions else {"AIOHTTP_NO_EXTENSIONS": "1"}
+    session.run("python", "-c", "import aiohttp; print('aiohttp', aiohttp.__version__)")
+    session.run(
+        "python", "-m", "pytest", "-p", "no:cacheprovider", *session.posargs, env=env
+    )
+
+
+@nox.session(tags=["main"])
+def lint(session):
+    """Check the format, the usual mistakes and the spelling."""
+    session.install(".[lint]")
+    session.run("ruff", "format", "--check", "--diff", ".")
+    session.run("ruff", "check", ".")
+    session.run("codespell")
+
+
+@nox.session(python="3.11", tags=["main"])
+@nox.parametrize("aiohttp", (SUSPECT, NEWEST), ids=("suspect", "newest"))
+def mypy(session, aiohttp):
+    """Check the types, on both sides of every branch for a version of CPython."""
+    session.install("-e", ".[cli,lint]", requirement(aiohttp))
+    # The oldest that mypy knows, and the newest that is supported.
+    for target in ("3.10", "3.13"):
+        session.run("mypy", "--python-version", target)
+
+
+@nox.session(python="3.11", tags=["main"])
+def docs(session):
+    """Build the documentation; a warning is an error."""
+    session.install("-e", ".[cli,docs]")
+    session.run("sphinx-build", "-W", "-n", "-q", "-E", "docs", "docs/_build/html")
+
+
+@nox.session(python="3.11", tags=["main"])
+def verify(session):
+    """Show each leak of the catalogue, without us and with us."""
+    session.install("-e", ".[cli]", requirement(SUSPECT))
+    session.run("python", "-m", "aiohttp_cyclebreak", "verify", *session.posargs)
