@@ -7,8 +7,10 @@ from ._leak import Affected, Kind, Leak, Remedy, Step, Visit, get
 _ALL = Affected()
 # Without a request there is only what close-cancel leaves behind.
 _CLOSE_CANCEL = Affected(since=(3, 10, 6), until=(3, 11, 13), python=(3, 9))
-# What it offers holds a line's end: aiohttp's parser in Python waits for one.
-_CLIENT_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64) + b"\r\n"
+# It ends as headers do: aiohttp's parser in Python looks at nothing before that.
+_CLIENT_HELLO = (
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64) + b"\r\n\r\n"
+)
 
 
 async def _answer(request: web.Request) -> web.Response:
