@@ -5,6 +5,7 @@
     app.middlewares.append(cyclebreak())
 """
 
+from .client import client_cyclebreak
 from .decorators import break_cycles, keep_cycles
 from .middleware import cyclebreak, setup
 from .options import BodyReleasedError, BreakEvent
@@ -14,6 +15,7 @@ __all__ = (
     "BodyReleasedError",
     "BreakEvent",
     "break_cycles",
+    "client_cyclebreak",
     "cyclebreak",
     "guard_server",
     "keep_cycles",

@@ -7,7 +7,7 @@ from typing import Any, Awaitable, Callable, Generator, Optional, TypeVar
 from aiohttp import web
 from aiohttp.abc import AbstractView
 
-from .guard import leave_alone, note, passed
+from .guard import begin, leave_alone, note, passed
 from .options import Options, switched_off
 
 __all__ = ("break_cycles", "keep_cycles")
@@ -61,6 +61,7 @@ def keep_cycles(handler: _Decorated) -> _Decorated:
 
 async def _break(request: web.Request, call: Callable[[], Awaitable[Any]]) -> Any:
     leave_alone(request, False)
+    begin(request, _OPTIONS)
     try:
         response = await call()
     except BaseException as exc:

@@ -8,14 +8,27 @@ response, aiohttp's log lines and the access log.
 import asyncio
 import logging
 import sys
+from contextvars import ContextVar
 from functools import partial
 from types import FrameType
-from typing import Any, Dict, List, Optional, Set, Tuple, cast
+from typing import (
+    Any,
+    Callable,
+    Container,
+    Dict,
+    List,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+    cast,
+)
 from weakref import ref
 
 from aiohttp import hdrs, web
 
 from . import internals
+from .calls import Calls
 from .options import BodyReleasedError, BreakEvent, Options
 from .sever import (
     COUNTS_ARE_EXACT,
@@ -27,14 +40,20 @@ from .sever import (
     in_flight,
     leads_on,
     owns_its_traceback,
+    running_frames,
     sever,
 )
 
 __all__ = (
+    "begin",
+    "follow_calls",
     "follow_connection",
     "leave_alone",
     "note",
+    "note_attempt",
+    "note_failed_call",
     "note_parser_error",
+    "note_response",
     "passed",
 )
 
@@ -58,34 +77,25 @@ def _complain(about: str) -> None:
 # task and a connection by those of its own, so what is never finished (a loop that
 # is closed too early) is let go with the task.
 _connections: "Dict[int, ref[_Connection]]" = {}
-_in_hand: "Dict[int, List[ref[_Request]]]" = {}  # who has noted an exception
+_callers: "Dict[int, ref[_Caller]]" = {}
+_in_hand: "Dict[int, List[ref[_Holder]]]" = {}  # who has noted an exception
 
 # Where a request has what follows it, beside its own attributes.
 _FOLLOWED = "_cyclebreak"
 
+# Of a request that has noted more exceptions than that, the older half is severed
+# while it goes on: a handler can stream for ever, and its calls fail again and again.
+_MOST = 100
 
-class _Request:
-    """A request that is followed to the end of its task."""
 
-    __slots__ = (
-        "request",
-        "options",
-        "connection",
-        "exceptions",
-        "in_hand",
-        "kept",
-        "__weakref__",
-    )
+class _Holder:
+    """Who has exceptions in hand, and is to be done with them."""
 
-    def __init__(
-        self, request: web.BaseRequest, connection: "Optional[_Connection]"
-    ) -> None:
-        self.request = request
-        self.connection = connection  # aiohttp lets go of request.task before the end
-        self.options: List[Options] = []
+    __slots__ = ("exceptions", "in_hand", "__weakref__")
+
+    def __init__(self) -> None:
         self.exceptions: List[BaseException] = []
         self.in_hand: List[int] = []  # the ids of those, and of what they lead to
-        self.kept = False
 
     def note(self, root: BaseException) -> None:
         for exc in self.exceptions:
@@ -95,6 +105,47 @@ class _Request:
         for exc in graph(root):
             self.in_hand.append(id(exc))
             _in_hand.setdefault(id(exc), []).append(ref(self))
+
+    def _let_go(self) -> None:
+        for key in self.in_hand:
+            holders = _in_hand.pop(key, ())
+            others = [each for each in holders if each() not in (self, None)]
+            if others:
+                _in_hand[key] = others
+        self.in_hand = []
+
+    def _take_out(self, roots: List[BaseException]) -> None:
+        """Let go of some exceptions, and keep the others in hand."""
+        self._let_go()
+        out = set(map(id, roots))
+        others = [exc for exc in self.exceptions if id(exc) not in out]
+        self.exceptions = []
+        for exc in others:
+            self.note(exc)
+
+
+class _Request(_Holder):
+    """A request that is followed to the end of its task."""
+
+    __slots__ = ("request", "options", "connection", "calls", "kept")
+
+    def __init__(
+        self, request: web.BaseRequest, connection: "Optional[_Connection]"
+    ) -> None:
+        super().__init__()
+        self.request = request
+        self.connection = connection  # aiohttp lets go of request.task before the end
+        self.options: List[Options] = []
+        self.calls: List[_Serving] = []
+        self.kept = False
+
+    def note_call(self, exc: BaseException) -> None:
+        self.note(exc)
+        if len(self.exceptions) > _MOST:
+            oldest = self.exceptions[: _MOST // 2]
+            self._take_out(oldest)
+            if not self.kept:
+                self._sever(oldest, running_frames())
 
     def done(self, task: "asyncio.Future[Any]") -> None:
         if internals.is_awaited(self.request, task):
@@ -110,12 +161,16 @@ class _Request:
             request.__dict__.pop(_FOLLOWED, None)
             for kept in internals.kept_exceptions(request):
                 self.note(kept)
+            for serving in self.calls:
+                serving.over = True
+                for error in serving.calls.errors():
+                    self.note(error)
             self._let_go()
             if self.connection is not None:
                 self.connection.sever_later_ones()
             if not self.kept:
                 if not self._drop(task):
-                    self._sever_all()
+                    self._sever(self.exceptions)
                 self._release(task)
         except Exception:
             _complain("severing a request")
@@ -124,14 +179,6 @@ class _Request:
             # The traceback of an exception that is left alone may lead here.
             self.exceptions = []
             self.connection = None
-
-    def _let_go(self) -> None:
-        for key in self.in_hand:
-            holders = _in_hand.pop(key, ())
-            others = [each for each in holders if each() not in (self, None)]
-            if others:
-                _in_hand[key] = others
-        self.in_hand = []
 
     def _drop(self, task: "asyncio.Future[Any]") -> bool:
         """Cut only what aiohttp holds, if nobody else holds anything.
@@ -163,36 +210,16 @@ class _Request:
                 detach(exc)
         return True
 
-    def _sever_all(self) -> None:
+    def _sever(self, roots: List[BaseException], running: Container[int] = ()) -> None:
         """Sever what nobody needs any more; leave the rest to who has it in hand."""
-        covered: Set[int] = set()
-        ready = []
-        kept: Dict[int, BaseException] = {}
-        needed: List[BaseException] = []
-        # Latest first, so that the whole of a chain comes before its parts.
-        for root in reversed(self.exceptions):
-            exceptions = [exc for exc in graph(root) if id(exc) not in covered]
-            covered.update(map(id, exceptions))
-            for exc in exceptions:
-                if id(exc) not in kept and self._is_kept(exc):
-                    kept.update((id(below), below) for below in graph(exc))
-            own = []
-            for exc in exceptions:
-                if id(exc) in kept or _somebody_has(exc):
-                    needed.append(exc)
-                elif in_flight(exc):
-                    # Somebody who passed no middleware: a background task.
-                    needed.append(exc)
-                    if self.connection is not None:
-                        self.connection.later[id(exc)] = exc, self._clears_frames
-                else:
-                    own.append(exc)
-            if own:
-                ready.append((root, own))
-        spare = [frame for exc in needed for frame in frames_of(exc)]
-        for root, own in ready:
+        sorted_out = _sort_out(roots, self._is_kept, running)
+        if self.connection is not None:
+            for exc in sorted_out.in_flight:
+                # By somebody who passed no middleware: a background task.
+                self.connection.later[id(exc)] = exc, self._clears_frames
+        for root, own in sorted_out.ready:
             own += _websocket_errors(self.request, own)
-            cut = sever(own, clear_frames=self._clears_frames, spare=spare)
+            cut = sever(own, clear_frames=self._clears_frames, spare=sorted_out.spare)
             self._tell(root, cut)
 
     @property
@@ -248,6 +275,46 @@ class _Request:
                 self.connection.unread = request
 
 
+class _SortedOut:
+    """What of some exceptions is to be severed, and what of them is needed."""
+
+    __slots__ = ("in_flight", "ready", "spare")
+
+    def __init__(self) -> None:
+        self.ready: List[Tuple[BaseException, List[BaseException]]] = []
+        self.in_flight: List[BaseException] = []
+        self.spare: List[FrameType] = []
+
+
+def _sort_out(
+    roots: List[BaseException],
+    is_kept: Callable[[BaseException], bool],
+    running: Container[int] = (),
+) -> _SortedOut:
+    sorted_out = _SortedOut()
+    covered: Set[int] = set()
+    kept: Dict[int, BaseException] = {}
+    # Latest first, so that the whole of a chain comes before its parts.
+    for root in reversed(roots):
+        exceptions = [exc for exc in graph(root) if id(exc) not in covered]
+        covered.update(map(id, exceptions))
+        for exc in exceptions:
+            if id(exc) not in kept and is_kept(exc):
+                kept.update((id(below), below) for below in graph(exc))
+        own = []
+        for exc in exceptions:
+            if id(exc) in kept or _somebody_has(exc):
+                sorted_out.spare += frames_of(exc)
+            elif in_flight(exc, running):
+                sorted_out.spare += frames_of(exc)
+                sorted_out.in_flight.append(exc)
+            else:
+                own.append(exc)
+        if own:
+            sorted_out.ready.append((root, own))
+    return sorted_out
+
+
 class _Connection:
     """A connection that is followed to the end of its task."""
 
@@ -282,6 +349,167 @@ class _Connection:
             self.errors = []
             self.unread = None
             self.later = {}
+
+
+class _Serving:
+    """The outgoing calls of one request, as its handlers and their tasks see it."""
+
+    __slots__ = ("calls", "options", "over", "request")
+
+    def __init__(self, request: web.BaseRequest, options: Options) -> None:
+        self.calls = Calls()
+        self.options = [options]
+        self.over = False  # tasks that outlive the request are on their own
+        # Every task that a handler starts, and for as long as it runs, has this in
+        # its context.
+        self.request = ref(request)
+
+
+class _Caller(_Holder):
+    """A task that makes outgoing calls outside of any guarded request."""
+
+    __slots__ = ("calls",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = Calls()
+
+    def call_ended(self) -> None:
+        """Sever what earlier calls have left, but what is being handled."""
+        self._note_errors()
+        if not self.exceptions:
+            return
+        handled = sys.exc_info()[1]  # or by who awaits this
+        spare = () if handled is None else graph(handled)
+        ids = set(map(id, spare))
+        self._sever([exc for exc in self.exceptions if id(exc) not in ids])
+
+    def done(self, task: "asyncio.Future[Any]") -> None:
+        try:
+            _callers.pop(id(task), None)
+            self._note_errors()
+            self._sever(self.exceptions)
+        except Exception:
+            _complain("severing the calls of a task")
+        finally:
+            self._let_go()
+            self.exceptions = []
+
+    def _note_errors(self) -> None:
+        for error in self.calls.errors():
+            self.note(error)
+
+    def _sever(self, roots: List[BaseException]) -> None:
+        self._take_out(roots)
+        sorted_out = _sort_out(roots, lambda exc: False, running_frames())
+        for _, own in sorted_out.ready:
+            sever(own, spare=sorted_out.spare)
+        for exc in sorted_out.in_flight[-_MOST:]:
+            self.note(exc)
+
+
+_calls_are_followed = False
+_serving: "ContextVar[Optional[_Serving]]" = ContextVar("_serving", default=None)
+
+
+def follow_calls() -> None:
+    """Follow outgoing calls from now on; until then they cost a request nothing."""
+    global _calls_are_followed
+    _calls_are_followed = True
+
+
+def begin(request: web.BaseRequest, options: Options) -> None:
+    """Make the outgoing calls that follow, here and in child tasks, the request's."""
+    if not _calls_are_followed:
+        return
+    try:
+        serving = _serving.get()
+        if serving is None or serving.request() is not request:
+            _serving.set(_Serving(request, options))
+        elif options not in serving.options:
+            serving.options.append(options)
+    except Exception:
+        _complain("following a request's calls")
+
+
+def _calls_of(request: web.BaseRequest) -> Optional[_Serving]:
+    serving = _serving.get()
+    if serving is None or serving.request() is not request:
+        return None
+    return serving
+
+
+def _caller() -> Union[_Serving, _Caller, None]:
+    """Who makes an outgoing call: the request that is being served, or a task."""
+    serving = _serving.get()
+    if serving is not None and not serving.over and serving.request() is not None:
+        return serving
+    return _calling_task()
+
+
+def _calling_task() -> Optional[_Caller]:
+    task = asyncio.current_task()
+    if task is None:
+        return None
+    key = id(task)
+    found = _callers.get(key)
+    caller = None if found is None else found()
+    if caller is None:
+        caller = _Caller()
+        _callers[key] = ref(caller, partial(_callers.pop, key))
+        task.add_done_callback(caller.done)
+    return caller
+
+
+def note_attempt(protocol: Any) -> None:
+    """Remember the connection that a request is about to be sent on."""
+    try:
+        caller = _caller()
+        if caller is not None:
+            caller.calls.add(protocol)
+    except Exception:
+        _complain("noting a connection")
+
+
+def note_response(response: Any) -> None:
+    """Remember a response, or a websocket: an error may come to it later."""
+    try:
+        caller = _caller()
+        if caller is not None:
+            if isinstance(caller, _Caller):
+                caller.call_ended()
+            caller.calls.add(response)
+    except Exception:
+        _complain("noting a response")
+
+
+def note_failed_call(exc: BaseException) -> None:
+    """Remember the exception of an outgoing call; nothing about it changes yet."""
+    if type(exc) is GeneratorExit:
+        return
+    try:
+        caller = _caller()
+        if isinstance(caller, _Serving):
+            request = caller.request()
+            followed = None if request is None else _follow(request, None)
+            if followed is not None:
+                _take_part(followed, caller)
+                followed.note_call(exc)
+                return
+            caller = _calling_task()  # nobody knows that request's task any more
+        if caller is not None:
+            caller.note(exc)
+            caller.call_ended()
+    except Exception:
+        _complain("noting a failed call")
+
+
+def _take_part(followed: _Request, serving: _Serving) -> None:
+    if serving not in followed.calls:
+        followed.calls.append(serving)
+    for options in serving.options:
+        if options not in followed.options:
+            followed.options.append(options)
 
 
 def _connection_of(request: web.BaseRequest) -> Optional[_Connection]:
@@ -323,6 +551,10 @@ def _follow(request: web.BaseRequest, options: Optional[Options]) -> Optional[_R
         task.add_done_callback(followed.done)
     if options is not None and options not in followed.options:
         followed.options.append(options)
+    if _calls_are_followed:
+        serving = _calls_of(request)
+        if serving is not None:
+            _take_part(followed, serving)
     return followed
 
 
@@ -370,8 +602,20 @@ def passed(
                 error = response.exception()
             if isinstance(error, BaseException):
                 note(request, error, options)
+        if _calls_are_followed:
+            _look_at_calls(request, options)
     except Exception:
         _complain("looking at a request")
+
+
+def _look_at_calls(request: web.Request, options: Options) -> None:
+    serving = _calls_of(request)
+    if serving is None:
+        return
+    for error in serving.calls.errors():
+        note(request, error, options)
+    if _FOLLOWED not in request.__dict__:
+        serving.over = True  # nothing looks at the request's end
 
 
 def _somebody_has(exc: BaseException) -> bool:

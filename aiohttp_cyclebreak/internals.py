@@ -7,10 +7,11 @@ nothing where that is missing.
 
 import asyncio
 from collections import deque
-from functools import partial
+from functools import lru_cache, partial
 from types import FrameType
 from typing import Any, Callable, Iterator, List, Optional, Tuple, Type
 
+import aiohttp
 from aiohttp import web, web_app, web_protocol
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_urldispatcher import SystemRoute
@@ -21,6 +22,8 @@ __all__ = (
     "GuardedProtocol",
     "body_size",
     "connection_frame",
+    "error_of_call",
+    "follow_session",
     "forget_missing_route",
     "frame_of_response",
     "guard_connections",
@@ -407,3 +410,81 @@ def run_middlewares(app: web.Application) -> None:
     aiohttp: ``Application._run_middlewares``, 3.8 to 3.14.
     """
     app._run_middlewares = True
+
+
+def error_of_call(made_with: Any) -> Optional[BaseException]:
+    """The exception that an object of aiohttp's client keeps.
+
+    aiohttp: ``ClientResponse.content``, ``StreamReader.exception()``,
+    ``ClientWebSocketResponse.exception()`` and that of the client's protocol, 3.8 to
+    3.14.
+
+    Args:
+        made_with: a response, a websocket or the protocol of a connection.
+    """
+    if isinstance(made_with, aiohttp.ClientResponse):
+        made_with = made_with.content  # None until the headers have come
+    exception = getattr(made_with, "exception", None)
+    error: Any = None if exception is None else exception()
+    return error if is_exception(error) else None
+
+
+def follow_session(
+    session: aiohttp.ClientSession,
+    *,
+    attempted: Callable[[Any], None],
+    opened: Callable[[Any], None],
+) -> None:
+    """Make a client session, and no other, tell what it makes its calls with.
+
+    A call that is tried again on another connection tells its tracing nothing of the
+    first one, and a websocket is made after the last event.
+
+    aiohttp: ``ClientSession._request_class``, ``._ws_response_class`` and
+    ``ClientRequest.send``, 3.8 to 3.14; where one is missing nothing is told of it.
+
+    Args:
+        session: the session, before the call.
+        attempted: called with the protocol of the connection that a request is
+            about to be sent on.
+        opened: called with each websocket.
+    """
+    for name, following, tell in (
+        ("_request_class", _following_request, attempted),
+        ("_ws_response_class", _following_websocket, opened),
+    ):
+        base: Any = getattr(session, name, None)
+        if isinstance(base, type) and not issubclass(base, _Following):
+            setattr(session, name, following(base, tell))
+
+
+class _Following:
+    __slots__ = ()
+
+
+def _named_as(base: type, cls: type) -> type:
+    cls.__module__, cls.__name__ = base.__module__, base.__name__
+    cls.__qualname__ = base.__qualname__
+    return cls
+
+
+# One class for all sessions: making one takes longer than the call does.
+@lru_cache(maxsize=32)
+def _following_request(base: Any, attempted: Callable[[Any], None]) -> type:
+    class Following(base, _Following):  # type: ignore[misc]
+        # Not a coroutine function: it would be a line in every traceback.
+        def send(self, conn: Any, *args: Any, **kwargs: Any) -> Any:
+            attempted(conn.protocol)
+            return super().send(conn, *args, **kwargs)
+
+    return _named_as(base, Following)
+
+
+@lru_cache(maxsize=32)
+def _following_websocket(base: Any, opened: Callable[[Any], None]) -> type:
+    class Following(base, _Following):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            opened(self)
+
+    return _named_as(base, Following)

@@ -7,7 +7,7 @@ from weakref import WeakSet
 from aiohttp import web
 
 from . import internals
-from .guard import note, passed
+from .guard import begin, note, passed
 from .options import BreakEvent, Options, make_options, switched_off
 
 __all__ = ("cyclebreak", "setup")
@@ -144,6 +144,7 @@ def _make_layer(options: Options) -> "Middleware":
     async def cyclebreak_middleware(
         request: web.Request, handler: "Handler"
     ) -> web.StreamResponse:
+        begin(request, options)
         try:
             response = await handler(request)
         except BaseException as exc:

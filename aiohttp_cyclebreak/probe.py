@@ -10,12 +10,23 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Union
+from typing import (
+    Any,
+    Awaitable,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Union,
+)
 
 from aiohttp import web
 
+from .client import client_cyclebreak
 from .internals import body_size
-from .leaks import Kind, Leak, Remedy, Step
+from .leaks import Kind, Leak, Remedy, Step, gateway_of
 from .middleware import cyclebreak
 from .server import guard_server
 
@@ -74,16 +85,19 @@ class Floor:
     Attributes:
         closed: by asyncio for each connection that the client closes.
         reset: by asyncio for each connection that the client resets.
+        outgoing: by asyncio for each connection to another service.
     """
 
     closed: float
     reset: float
+    outgoing: float
 
-    def of(self, visits: "Sequence[Steps]") -> float:
-        """What is made when each of these visits is paid once."""
-        return sum(
+    def of(self, visits: "Sequence[Steps]", times: int, outgoing: int) -> int:
+        """What is made when visits are paid so many times, with such connections."""
+        each = sum(
             self.reset if Step.RESET in steps else self.closed for steps in visits
         )
+        return round(each * times + self.outgoing * outgoing)
 
 
 class _Client:
@@ -243,7 +257,14 @@ def remedy(leak: Leak) -> "Dict[str, Callable[[Any], Any]]":
     if leak.remedy is Remedy.SERVER:
         return {"guard_runner": guard_server}
     middleware = cyclebreak(release_body=leak.remedy is Remedy.RELEASE)
-    return {"guard": lambda app: app.middlewares.append(middleware)}
+
+    def guard(app: web.Application) -> None:
+        app.middlewares.append(middleware)
+        gateway = gateway_of(app)
+        if gateway is not None:
+            gateway.trace_configs.append(client_cyclebreak())
+
+    return {"guard": guard}
 
 
 async def measure(
@@ -281,6 +302,7 @@ async def measure(
         client = _Client(sock.getsockname()[1], lambda: server.requests_count)
         tasks = set(asyncio.all_tasks())
         busy = partial(getattr, server, "connections")
+        gateway = gateway_of(app)
 
         async def visit(times: int) -> None:
             for _ in range(times):
@@ -300,6 +322,7 @@ async def measure(
             await end()
             with collector_off():
                 before = server.requests_count
+                outgoing = gateway.connections if gateway is not None else 0
                 alive = len(_requests())
                 await visit(visits)
                 left = len(_requests()) - alive
@@ -311,12 +334,14 @@ async def measure(
                 await _settle(busy, tasks)
                 gc.collect()
                 permanent = len(_requests()) - alive
+            if gateway is not None:
+                outgoing = gateway.connections - outgoing
             return Count(
                 connections=visits * len(leak.visits),
                 requests=server.requests_count - before,
                 left=left,
                 permanent=permanent,
-                garbage=max(0, garbage - round(floor.of(leak.visits) * visits)),
+                garbage=max(0, garbage - floor.of(leak.visits, visits, outgoing)),
             )
         finally:
             await runner.cleanup()
@@ -343,18 +368,26 @@ async def measure_floor(visits: int = 20) -> Floor:
     client = _Client(sock.getsockname()[1], lambda: 0)
     tasks = set(asyncio.all_tasks())
 
-    async def count(times: int, *steps: Union[bytes, Step]) -> int:
+    async def count(times: int, visit: Callable[[], Awaitable[None]]) -> float:
         with collector_off():
             for _ in range(times):
-                await client.pay(steps)
+                await visit()
                 await _settle(lambda: open_connections, tasks)
-            return _collect()
+            return _collect() / times
+
+    async def call_out() -> None:
+        transport, _ = await loop.create_connection(Protocol, *sock.getsockname())
+        transport.close()
 
     try:
-        await count(1, b"x")
-        closed = await count(visits, b"x")
-        reset = await count(visits, b"x", Step.RESET)
-        return Floor(closed / visits, reset / visits)
+        await count(1, partial(client.pay, (b"x",)))
+        await count(1, call_out)
+        closed = await count(visits, partial(client.pay, (b"x",)))
+        return Floor(
+            closed=closed,
+            reset=await count(visits, partial(client.pay, (b"x", Step.RESET))),
+            outgoing=await count(visits, call_out) - closed,
+        )
     finally:
         client.close()
         server.close()

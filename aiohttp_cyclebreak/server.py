@@ -7,7 +7,7 @@ import aiohttp
 from aiohttp import web
 
 from . import internals
-from .guard import follow_connection, note, note_parser_error, passed
+from .guard import begin, follow_connection, note, note_parser_error, passed
 from .options import BreakEvent, Options, make_options, switched_off
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def _guarded(
     handler: Callable[[Any], Awaitable[web.StreamResponse]], options: Options
 ) -> Callable[[Any], Awaitable[web.StreamResponse]]:
     async def guarded(request: Any) -> web.StreamResponse:
+        begin(request, options)
         try:
             response = await handler(request)
         except BaseException as exc:

@@ -13,7 +13,7 @@ import inspect
 import sys
 from dataclasses import dataclass
 from types import FrameType, FunctionType, TracebackType
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple
+from typing import Any, Container, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 __all__ = (
     "COUNTS_ARE_EXACT",
@@ -27,6 +27,7 @@ __all__ = (
     "is_finished",
     "leads_on",
     "owns_its_traceback",
+    "running_frames",
     "sever",
 )
 
@@ -174,21 +175,36 @@ def graph(root: BaseException) -> List[BaseException]:
     return found
 
 
-def in_flight(exc: BaseException) -> bool:
+def in_flight(exc: BaseException, running: Container[int] = ()) -> bool:
     """Whether somebody else still runs with the exception in hand.
 
     That is so when its traceback leads through a coroutine that is suspended:
     one exception can be raised in several tasks at once (a failed shared future,
     a module's one instance).  Suspended generators do not count; they are mostly
     the request's own, left behind by the exception.
+
+    Args:
+        exc: the exception.
+        running: the ids of frames that do not count: those of who asks.
     """
     traceback = _TRACEBACK.__get__(exc)
     while traceback is not None:
         frame = traceback.tb_frame
         if not is_finished(frame) and not frame.f_code.co_flags & _GENERATOR:
-            return True
+            if id(frame) not in running:
+                return True
         traceback = traceback.tb_next
     return False
+
+
+def running_frames() -> Set[int]:
+    """The ids of the frames of whoever asks: its task's, down to the event loop's."""
+    ids = set()  # not the frames: one of them would hold itself
+    frame = inspect.currentframe()
+    while frame is not None:
+        ids.add(id(frame))
+        frame = frame.f_back
+    return ids
 
 
 def _open_loops(exceptions: List[BaseException]) -> None:

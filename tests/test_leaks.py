@@ -10,11 +10,23 @@ import pytest
 from aiohttp import web
 from aiohttp.web_urldispatcher import SystemRoute
 
-from aiohttp_cyclebreak import cyclebreak, guard_server, setup
-from aiohttp_cyclebreak.leaks import CATALOGUE, Leak, Remedy
+from aiohttp_cyclebreak import client_cyclebreak, cyclebreak, guard_server, setup
+from aiohttp_cyclebreak.leaks import CATALOGUE, Leak, Remedy, gateway_of
 from aiohttp_cyclebreak.probe import Count, Floor, measure, measure_floor
 
 from .service import AIOHTTP, LOOPS, alive, run, serve
+
+
+def guard_calls(app: web.Application) -> None:
+    gateway = gateway_of(app)
+    assert gateway is not None
+    gateway.trace_configs.append(client_cyclebreak())
+
+
+def guard_all(app: web.Application) -> None:
+    guard_calls(app)
+    app.middlewares.append(cyclebreak())
+
 
 # Each way to install it, and what it is to stop.
 GUARDS: Dict[str, Tuple[Set[Remedy], Dict[str, Any]]] = {
@@ -28,6 +40,11 @@ GUARDS: Dict[str, Tuple[Set[Remedy], Dict[str, Any]]] = {
         {"guard": lambda app: setup(app, clear_frames=False)},
     ),
     "server": ({Remedy.MIDDLEWARE, Remedy.SERVER}, {"guard_runner": guard_server}),
+    "calls": ({Remedy.CLIENT}, {"guard": guard_all}),
+    "calls, server": (
+        {Remedy.CLIENT},
+        {"guard": guard_calls, "guard_runner": guard_server},
+    ),
     "releasing": (
         {Remedy.RELEASE},
         {"guard": lambda app: setup(app, release_body=True)},
@@ -46,7 +63,9 @@ CASES = [
     for loop in LOOPS
     if leak.remedy in stops
     # What differs between event loops does not differ between these two.
-    and (loop == "asyncio" or guard not in ("setup", "without clearing"))
+    and (
+        loop == "asyncio" or guard not in ("setup", "without clearing", "calls, server")
+    )
 ]
 _floors: Dict[str, Floor] = {}
 _bare: Dict[Tuple[str, str], Count] = {}

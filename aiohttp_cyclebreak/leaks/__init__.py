@@ -5,6 +5,7 @@ from typing import Tuple
 from . import (
     close_cancel,
     concurrent,
+    gateway,
     http_exception,
     idle_body,
     image_upload,
@@ -16,8 +17,9 @@ from . import (
     websocket,
 )
 from ._leak import Affected, Kind, Leak, Remedy, Step
+from .gateway import gateway_of
 
-__all__ = ("CATALOGUE", "Affected", "Kind", "Leak", "Remedy", "Step")
+__all__ = ("CATALOGUE", "Affected", "Kind", "Leak", "Remedy", "Step", "gateway_of")
 
 CATALOGUE: Tuple[Leak, ...] = (
     *close_cancel.LEAKS,
@@ -29,6 +31,7 @@ CATALOGUE: Tuple[Leak, ...] = (
     *websocket.LEAKS,
     *kept.LEAKS,
     *concurrent.LEAKS,
+    *gateway.LEAKS,
     *unseen.LEAKS,
     *idle_body.LEAKS,
 )

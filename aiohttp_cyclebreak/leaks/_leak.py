@@ -26,6 +26,7 @@ class Remedy(enum.Enum):
     """What stops a leak, as it is written in an application."""
 
     MIDDLEWARE = "cyclebreak"
+    CLIENT = "client_cyclebreak"
     SERVER = "guard_server"
     RELEASE = "release_body"
 

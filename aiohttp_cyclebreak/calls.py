@@ -1,0 +1,50 @@
+"""What was an outgoing call made with? By weak reference: it holds nothing alive."""
+
+from typing import Any, Dict, List
+from weakref import ref
+
+from .internals import error_of_call
+from .sever import frames_of, graph
+
+__all__ = ("Calls",)
+
+_MANY = 64
+
+
+class Calls:
+    """The connections and responses of the calls of one request, or of one task.
+
+    There are as many as calls, of which most are gone before the next one: what is
+    dead is dropped whenever the number has doubled.
+    """
+
+    __slots__ = ("_made_with", "_many")
+
+    def __init__(self) -> None:
+        self._made_with: Dict[int, ref[Any]] = {}
+        self._many = _MANY
+
+    def add(self, each: Any) -> None:
+        """Follow a client's protocol, response or websocket."""
+        made_with = self._made_with
+        if len(made_with) >= self._many:
+            for key, found in list(made_with.items()):
+                if found() is None:
+                    del made_with[key]
+            self._many = max(_MANY, 2 * len(made_with))
+        made_with[id(each)] = ref(each)
+
+    def errors(self) -> List[BaseException]:
+        """What of those is still there keeps these exceptions, and they keep frames."""
+        errors: List[BaseException] = []
+        for found in list(self._made_with.values()):
+            each = found()
+            if each is None:
+                continue
+            error = error_of_call(each)
+            # Each connection that ends is given one, which most often nobody raises.
+            if error is not None and any(
+                frame is not None for exc in graph(error) for frame in frames_of(exc)
+            ):
+                errors.append(error)
+        return errors

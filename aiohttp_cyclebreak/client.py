@@ -1,0 +1,95 @@
+"""How does a client session take part? ``client_cyclebreak()``."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+
+from . import internals
+from .guard import (
+    follow_calls,
+    note_attempt,
+    note_failed_call,
+    note_response,
+)
+from .options import switched_off
+
+__all__ = ("client_cyclebreak",)
+
+logger = logging.getLogger("aiohttp_cyclebreak")
+
+
+def client_cyclebreak() -> aiohttp.TraceConfig:
+    """Make the tracing that lets a request go although a call that it made failed.
+
+    ``ClientSession(trace_configs=[client_cyclebreak()])`` is all there is to write.
+    aiohttp's client keeps the exception of a failed call, in its protocol, stream or
+    response.  Its traceback leads to the frame of the handler that called, and so to
+    the incoming request, also where the handler catches the exception and answers
+    502: a reference cycle, which only the cyclic garbage collector frees.
+
+    Nothing about an exception changes while it may be needed.  It is severed, which
+    is to say that the finished frames in its traceback are emptied and the traceback
+    still prints in full:
+
+    - made by a guarded request, or by a child task of one: when that request's own
+      task is done, by its options (``keep``, ``on_break``, ``clear_frames``,
+      :func:`keep_cycles`).  Of a request that makes more than 100 failing calls,
+      such as an endless stream, the oldest are severed earlier;
+    - outside any guarded request, in a background worker: when the task that called
+      is done, or when its next call has ended, whichever comes first.  An exception
+      that is being handled (in an ``except`` block of that task) is left for later.
+
+    So a worker's log lines have every line of the traceback, however late; what is
+    gone, after its next call, are the locals of functions that have ended.
+
+    Nothing is held alive for longer than the request or the task.  Responses and
+    connections are followed by weak references.  Each session that it is given to
+    makes its requests and websockets of subclasses of its own ``request_class`` and
+    ``ws_response_class``; no class is changed.
+
+    With ``AIOHTTP_CYCLEBREAK=off`` it traces nothing, which is logged.
+
+    Returns:
+        What :class:`aiohttp.ClientSession` takes in *trace_configs*.  One may be
+        given to several sessions.
+
+    See `aiohttp issue #10535 <https://github.com/aio-libs/aiohttp/issues/10535>`_.
+
+    .. versionadded:: 0.1.0
+    """
+    trace_config = aiohttp.TraceConfig()
+    if switched_off():
+        logger.warning("AIOHTTP_CYCLEBREAK=off: outgoing calls are not followed")
+        return trace_config
+    follow_calls()
+    signals: Any = trace_config  # aiohttp 3.10 declares its functions wrongly
+    signals.on_request_start.append(_started)
+    signals.on_request_end.append(_ended)
+    signals.on_request_exception.append(_failed)
+    return trace_config
+
+
+async def _started(
+    session: aiohttp.ClientSession,
+    context: SimpleNamespace,
+    params: aiohttp.TraceRequestStartParams,
+) -> None:
+    internals.follow_session(session, attempted=note_attempt, opened=note_response)
+
+
+async def _ended(
+    session: aiohttp.ClientSession,
+    context: SimpleNamespace,
+    params: aiohttp.TraceRequestEndParams,
+) -> None:
+    note_response(params.response)
+
+
+async def _failed(
+    session: aiohttp.ClientSession,
+    context: SimpleNamespace,
+    params: aiohttp.TraceRequestExceptionParams,
+) -> None:
+    note_failed_call(params.exception)

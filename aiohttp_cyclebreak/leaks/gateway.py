@@ -1,0 +1,211 @@
+"""The handler calls another service, and the call fails."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from typing import AsyncIterator, Awaitable, Callable, Dict, List, Optional, Tuple
+
+import aiohttp
+from aiohttp import web
+
+from ._leak import Affected, Kind, Leak, Remedy, Step, get
+
+__all__ = ("LEAKS", "Gateway", "gateway_of")
+
+_OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
+_HALF = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf a body"
+_NOT_HTTP = b"220 mail.example ESMTP\r\n\r\n"
+_Answers = Tuple[Optional[bytes], ...]
+
+
+class _Upstream:
+    """A service that fails, in a thread: its own end makes no cyclic garbage.
+
+    Args:
+        answers: what it sends on one connection after the other, before it closes
+            it; None: it never answers. Without any, it refuses every connection.
+    """
+
+    def __init__(self, answers: _Answers) -> None:
+        self.connections = 0
+        self._answers = answers
+        self._sock = socket.socket()
+        self._sock.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}/"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def start(self) -> None:
+        if self._answers:
+            self._sock.listen()
+            self._thread.start()
+
+    def stop(self) -> None:
+        if self._answers:
+            # Closing it would not wake the thread that waits for a connection.
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+            self._thread.join()
+        self._sock.close()
+
+    def _serve(self) -> None:
+        silent: List[socket.socket] = []
+        while True:
+            try:
+                client, _ = self._sock.accept()
+            except OSError:
+                break
+            answer = self._answers[self.connections % len(self._answers)]
+            self.connections += 1
+            with contextlib.suppress(OSError):
+                received = b""
+                while b"\r\n\r\n" not in received:
+                    received += client.recv(65536) or b"\r\n\r\n"
+                if answer is None:
+                    silent.append(client)
+                    continue
+                client.sendall(answer)
+            client.close()
+        for client in silent:
+            client.close()
+
+
+class Gateway:
+    """What a handler calls, and the client session that it calls with.
+
+    Attributes:
+        trace_configs: what the session is given.
+    """
+
+    def __init__(self, answers: _Answers) -> None:
+        self.trace_configs: List[aiohttp.TraceConfig] = []
+        self._upstream = _Upstream(answers)
+        # Seconds: short where every call has to wait for it.
+        self._timeout = 0.03 if None in answers else 60.0
+        self._session: Optional[aiohttp.ClientSession] = None
+
+    @property
+    def connections(self) -> int:
+        """How many connections to other services there were."""
+        return self._upstream.connections
+
+    async def open(self, app: web.Application) -> AsyncIterator[None]:
+        """Be there from the application's start to its end."""
+        self._upstream.start()
+        self._session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=self._timeout),
+            trace_configs=self.trace_configs,
+        )
+        yield
+        await self._session.close()
+        self._upstream.stop()
+
+    async def call(self, request: web.Request) -> bytes:
+        """Call the other service, on behalf of a request."""
+        assert self._session is not None
+        async with self._session.get(self._upstream.url) as response:
+            return await response.read()
+
+
+def gateway_of(app: web.Application) -> Optional[Gateway]:
+    """The gateway that an application of this group has."""
+    for each in app.cleanup_ctx:
+        gateway = getattr(each, "__self__", None)
+        if isinstance(gateway, Gateway):
+            return gateway
+    return None
+
+
+_Handler = Callable[[Gateway, web.Request], Awaitable[web.Response]]
+_FAILURES = (aiohttp.ClientError, asyncio.TimeoutError)
+
+
+async def _let_fly(gateway: Gateway, request: web.Request) -> web.Response:
+    return web.Response(body=await gateway.call(request))
+
+
+async def _swallow(gateway: Gateway, request: web.Request) -> web.Response:
+    try:
+        return web.Response(body=await gateway.call(request))
+    except _FAILURES:
+        return web.Response(status=502)
+
+
+async def _translate(gateway: Gateway, request: web.Request) -> web.Response:
+    try:
+        return web.Response(body=await gateway.call(request))
+    except _FAILURES as exc:
+        raise web.HTTPBadGateway(text="the upstream failed") from exc
+
+
+async def _gather(gateway: Gateway, request: web.Request) -> web.Response:
+    calls = gateway.call(request), gateway.call(request)
+    await asyncio.gather(*calls, return_exceptions=True)
+    return web.Response(status=502)
+
+
+_UPSTREAMS: Dict[str, Tuple[str, _Answers]] = {
+    "refused": ("refuses the connection", ()),
+    "cut": ("disconnects", (b"",)),
+    "half": ("sends half a body", (_HALF,)),
+    "timeout": ("never answers", (None,)),
+    "not-http": ("does not speak HTTP", (_NOT_HTTP,)),
+}
+_HANDLERS: Dict[str, Tuple[str, _Handler]] = {
+    "fly": ("the handler lets the error fly", _let_fly),
+    "swallow": ("the handler answers 502", _swallow),
+    "translate": ("the handler raises HTTPBadGateway", _translate),
+    "gather": ("the handler gathers the errors", _gather),
+}
+# The client was fixed for one upstream in 3.11.14, as the server was.
+_FIXED = Affected(until=(3, 11, 13))
+_AFFECTED: Dict[str, Affected] = {
+    "cut/fly": _FIXED,
+    "cut/swallow": _FIXED,
+    "cut/gather": _FIXED,
+    "timeout/swallow": Affected(since=(3, 10, 6), until=(3, 11, 13), python=(3, 9)),
+    "timeout/gather": Affected(since=(3, 10, 6)),
+    "retried": _FIXED,
+}
+
+
+def _leak(id: str, title: str, answers: _Answers, handler: _Handler) -> Leak:
+    def build(app: web.Application) -> None:
+        gateway = Gateway(answers)
+
+        async def handle(request: web.Request) -> web.Response:
+            return await handler(gateway, request)
+
+        app.cleanup_ctx.append(gateway.open)
+        app.router.add_get("/", handle)
+
+    return Leak(
+        id="gateway/" + id,
+        title=title,
+        kind=Kind.DELAYED,
+        chain=(
+            "protocol, response or connector of the client -> exception -> traceback "
+            "-> frame of the handler -> request"
+        ),
+        affected=(_AFFECTED.get(id, Affected()),),
+        upstream="https://github.com/aio-libs/aiohttp/issues/10535",
+        build=build,
+        visits=((get(), Step.ANSWER),),
+        remedy=Remedy.CLIENT,
+    )
+
+
+LEAKS = (
+    *(
+        _leak(f"{upstream}/{name}", f"the upstream {does}: {it}", answers, handler)
+        for upstream, (does, answers) in _UPSTREAMS.items()
+        for name, (it, handler) in _HANDLERS.items()
+        if (upstream, name) != ("timeout", "fly")  # in no version
+    ),
+    _leak(
+        "retried",
+        "the upstream disconnects, and answers the second attempt",
+        (b"", _OK),
+        _let_fly,
+    ),
+)
