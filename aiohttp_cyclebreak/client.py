@@ -39,7 +39,8 @@ def client_cyclebreak() -> aiohttp.TraceConfig:
       such as an endless stream, the oldest are severed earlier;
     - outside any guarded request, in a background worker: when the task that called
       is done, or when its next call has ended, whichever comes first.  An exception
-      that is being handled (in an ``except`` block of that task) is left for later.
+      that is being handled (in an ``except`` block of that task) is left for later;
+      with CPython 3.8 only the innermost one is.
 
     So a worker's log lines have every line of the traceback, however late; what is
     gone, after its next call, are the locals of functions that have ended.

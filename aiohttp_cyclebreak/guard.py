@@ -145,7 +145,7 @@ class _Request(_Holder):
             oldest = self.exceptions[: _MOST // 2]
             self._take_out(oldest)
             if not self.kept:
-                self._sever(oldest, running_frames())
+                self._sever(oldest, _own_frames())
 
     def done(self, task: "asyncio.Future[Any]") -> None:
         if internals.is_awaited(self.request, task):
@@ -401,7 +401,7 @@ class _Caller(_Holder):
 
     def _sever(self, roots: List[BaseException]) -> None:
         self._take_out(roots)
-        sorted_out = _sort_out(roots, lambda exc: False, running_frames())
+        sorted_out = _sort_out(roots, lambda exc: False, _own_frames())
         for _, own in sorted_out.ready:
             sever(own, spare=sorted_out.spare)
         for exc in sorted_out.in_flight[-_MOST:]:
@@ -430,6 +430,11 @@ def begin(request: web.BaseRequest, options: Options) -> None:
             serving.options.append(options)
     except Exception:
         _complain("following a request's calls")
+
+
+def _own_frames() -> Set[int]:
+    task = asyncio.current_task()
+    return running_frames(None if task is None else task.get_coro())
 
 
 def _calls_of(request: web.BaseRequest) -> Optional[_Serving]:

@@ -6,6 +6,7 @@ nothing where that is missing.
 """
 
 import asyncio
+import inspect
 from collections import deque
 from functools import lru_cache, partial
 from types import FrameType
@@ -415,18 +416,22 @@ def run_middlewares(app: web.Application) -> None:
 def error_of_call(made_with: Any) -> Optional[BaseException]:
     """The exception that an object of aiohttp's client keeps.
 
-    aiohttp: ``ClientResponse.content``, ``StreamReader.exception()``,
-    ``ClientWebSocketResponse.exception()`` and that of the client's protocol, 3.8 to
-    3.14.
+    aiohttp: ``exception()`` of the client's protocol, of ``ClientResponse.content``,
+    of a ``ClientWebSocketResponse`` and of its ``._reader``, 3.8 to 3.14.
 
     Args:
         made_with: a response, a websocket or the protocol of a connection.
     """
-    if isinstance(made_with, aiohttp.ClientResponse):
-        made_with = made_with.content  # None until the headers have come
-    exception = getattr(made_with, "exception", None)
-    error: Any = None if exception is None else exception()
-    return error if is_exception(error) else None
+    for each in (
+        made_with,
+        getattr(made_with, "content", None),  # None until the headers have come
+        getattr(made_with, "_reader", None),
+    ):
+        exception = getattr(each, "exception", None)
+        error: Any = None if exception is None else exception()
+        if is_exception(error):
+            return error  # type: ignore[no-any-return]
+    return None
 
 
 def follow_session(
@@ -449,12 +454,13 @@ def follow_session(
             about to be sent on.
         opened: called with each websocket.
     """
-    for name, following, tell in (
+    told: Tuple[Tuple[str, Any, Callable[[Any], None]], ...] = (
         ("_request_class", _following_request, attempted),
         ("_ws_response_class", _following_websocket, opened),
-    ):
+    )
+    for name, following, tell in told:
         base: Any = getattr(session, name, None)
-        if isinstance(base, type) and not issubclass(base, _Following):
+        if inspect.isclass(base) and not issubclass(base, _Following):
             setattr(session, name, following(base, tell))
 
 

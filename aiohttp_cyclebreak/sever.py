@@ -197,13 +197,22 @@ def in_flight(exc: BaseException, running: Container[int] = ()) -> bool:
     return False
 
 
-def running_frames() -> Set[int]:
-    """The ids of the frames of whoever asks: its task's, down to the event loop's."""
+def running_frames(coroutine: Any) -> Set[int]:
+    """The ids of the frames of whoever asks, down to the event loop's.
+
+    Args:
+        coroutine: that of the current task.  Up to CPython 3.10 an exception that
+            is thrown into it enters the innermost coroutine alone: those that wait
+            for it are not below it on the stack.
+    """
     ids = set()  # not the frames: one of them would hold itself
     frame = inspect.currentframe()
     while frame is not None:
         ids.add(id(frame))
         frame = frame.f_back
+    while coroutine is not None:
+        ids.add(id(getattr(coroutine, "cr_frame", None)))
+        coroutine = getattr(coroutine, "cr_await", None)
     return ids
 
 

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from ._leak import Affected, Kind, Leak, Remedy, Step, get
 
-__all__ = ("LEAKS", "Gateway", "gateway_of")
+__all__ = ("LEAKS", "Gateway", "Upstream", "gateway_of")
 
 _OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
 _HALF = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf a body"
@@ -19,7 +19,7 @@ _NOT_HTTP = b"220 mail.example ESMTP\r\n\r\n"
 _Answers = Tuple[Optional[bytes], ...]
 
 
-class _Upstream:
+class Upstream:
     """A service that fails, in a thread: its own end makes no cyclic garbage.
 
     Args:
@@ -30,6 +30,7 @@ class _Upstream:
     def __init__(self, answers: _Answers) -> None:
         self.connections = 0
         self._answers = answers
+        self._stopping = False
         self._sock = socket.socket()
         self._sock.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}/"
@@ -42,32 +43,37 @@ class _Upstream:
 
     def stop(self) -> None:
         if self._answers:
-            # Closing it would not wake the thread that waits for a connection.
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)
+            # Closing its socket does not wake a thread that waits for a connection.
+            self._stopping = True
+            socket.create_connection(self._sock.getsockname()).close()
             self._thread.join()
         self._sock.close()
 
     def _serve(self) -> None:
         silent: List[socket.socket] = []
         while True:
-            try:
-                client, _ = self._sock.accept()
-            except OSError:
+            client, _ = self._sock.accept()
+            if self._stopping:
+                client.close()
                 break
             answer = self._answers[self.connections % len(self._answers)]
             self.connections += 1
             with contextlib.suppress(OSError):
-                received = b""
-                while b"\r\n\r\n" not in received:
-                    received += client.recv(65536) or b"\r\n\r\n"
-                if answer is None:
+                if not self.answer(client, answer):
                     silent.append(client)
                     continue
-                client.sendall(answer)
             client.close()
         for client in silent:
             client.close()
+
+    def answer(self, client: socket.socket, answer: Optional[bytes]) -> bool:
+        """Serve one connection; return whether it is to be closed."""
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += client.recv(65536) or b"\r\n\r\n"
+        if answer is not None:
+            client.sendall(answer)
+        return answer is not None
 
 
 class Gateway:
@@ -79,7 +85,7 @@ class Gateway:
 
     def __init__(self, answers: _Answers) -> None:
         self.trace_configs: List[aiohttp.TraceConfig] = []
-        self._upstream = _Upstream(answers)
+        self._upstream = Upstream(answers)
         # Seconds: short where every call has to wait for it.
         self._timeout = 0.03 if None in answers else 60.0
         self._session: Optional[aiohttp.ClientSession] = None
