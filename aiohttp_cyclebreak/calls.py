@@ -8,14 +8,15 @@ from .sever import frames_of, graph
 
 __all__ = ("Calls",)
 
-_MANY = 64
+_MANY = 32
 
 
 class Calls:
     """The connections and responses of the calls of one request, or of one task.
 
-    There are as many as calls, of which most are gone before the next one: what is
-    dead is dropped whenever the number has doubled.
+    Adding one is on the path of every call that succeeds: that is a weak reference
+    and an entry of a dictionary.  Most of what is followed is gone before the next
+    call, and what is dead is dropped whenever the number has doubled.
     """
 
     __slots__ = ("_made_with", "_many")
@@ -24,15 +25,25 @@ class Calls:
         self._made_with: Dict[int, ref[Any]] = {}
         self._many = _MANY
 
-    def add(self, each: Any) -> None:
-        """Follow a client's protocol, response or websocket."""
+    def add(self, each: Any) -> bool:
+        """Follow a client's protocol, response or websocket.
+
+        Returns:
+            Whether it is time to look for errors: now and then.
+        """
         made_with = self._made_with
-        if len(made_with) >= self._many:
-            for key, found in list(made_with.items()):
-                if found() is None:
-                    del made_with[key]
-            self._many = max(_MANY, 2 * len(made_with))
         made_with[id(each)] = ref(each)
+        if len(made_with) < self._many:
+            return False
+        self.forget_dead()
+        return True
+
+    def forget_dead(self) -> None:
+        """Drop what is gone."""
+        for key, found in list(self._made_with.items()):
+            if found() is None:
+                del self._made_with[key]
+        self._many = max(_MANY, 2 * len(self._made_with))
 
     def errors(self) -> List[BaseException]:
         """What of those is still there keeps these exceptions, and they keep frames."""

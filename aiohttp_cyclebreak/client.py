@@ -7,12 +7,7 @@ from typing import Any
 import aiohttp
 
 from . import internals
-from .guard import (
-    follow_calls,
-    note_attempt,
-    note_failed_call,
-    note_response,
-)
+from .guard import follow_calls, note_call, note_failed_call
 from .options import switched_off
 
 __all__ = ("client_cyclebreak",)
@@ -38,7 +33,8 @@ def client_cyclebreak() -> aiohttp.TraceConfig:
       :func:`keep_cycles`).  Of a request that makes more than 100 failing calls,
       such as an endless stream, the oldest are severed earlier;
     - outside any guarded request, in a background worker: when the task that called
-      is done, or when its next call has ended, whichever comes first.  An exception
+      is done, or when its next call has ended, whichever comes first; what breaks off
+      in the middle of a body within the next 32 calls.  An exception
       that is being handled (in an ``except`` block of that task) is left for later;
       with CPython 3.8 only the innermost one is.
 
@@ -46,9 +42,9 @@ def client_cyclebreak() -> aiohttp.TraceConfig:
     gone, after its next call, are the locals of functions that have ended.
 
     Nothing is held alive for longer than the request or the task.  Responses and
-    connections are followed by weak references.  Each session that it is given to
-    makes its requests and websockets of subclasses of its own ``request_class`` and
-    ``ws_response_class``; no class is changed.
+    connections are followed by weak references.  A session that opens a websocket
+    makes it of a subclass of its ``ws_response_class``, and up to aiohttp 3.11.13
+    its requests of one of its ``request_class``; no class is changed.
 
     With ``AIOHTTP_CYCLEBREAK=off`` it traces nothing, which is logged.
 
@@ -66,7 +62,8 @@ def client_cyclebreak() -> aiohttp.TraceConfig:
         return trace_config
     follow_calls()
     signals: Any = trace_config  # aiohttp 3.10 declares its functions wrongly
-    signals.on_request_start.append(_started)
+    if internals.KEEPS_FIRST_ATTEMPTS:
+        signals.on_request_start.append(_started)
     signals.on_request_end.append(_ended)
     signals.on_request_exception.append(_failed)
     return trace_config
@@ -77,7 +74,7 @@ async def _started(
     context: SimpleNamespace,
     params: aiohttp.TraceRequestStartParams,
 ) -> None:
-    internals.follow_session(session, attempted=note_attempt, opened=note_response)
+    internals.follow_attempts(session, note_call)
 
 
 async def _ended(
@@ -85,7 +82,10 @@ async def _ended(
     context: SimpleNamespace,
     params: aiohttp.TraceRequestEndParams,
 ) -> None:
-    note_response(params.response)
+    response = params.response
+    if response.status == 101:
+        internals.follow_websockets(session, note_call)
+    note_call(response)
 
 
 async def _failed(

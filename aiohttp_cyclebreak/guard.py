@@ -20,7 +20,6 @@ from typing import (
     Optional,
     Set,
     Tuple,
-    Union,
     cast,
 )
 from weakref import ref
@@ -50,10 +49,9 @@ __all__ = (
     "follow_connection",
     "leave_alone",
     "note",
-    "note_attempt",
+    "note_call",
     "note_failed_call",
     "note_parser_error",
-    "note_response",
     "passed",
 )
 
@@ -163,7 +161,7 @@ class _Request(_Holder):
                 self.note(kept)
             for serving in self.calls:
                 serving.over = True
-                for error in serving.calls.errors():
+                for error in serving.errors():
                     self.note(error)
             self._let_go()
             if self.connection is not None:
@@ -351,13 +349,13 @@ class _Connection:
             self.later = {}
 
 
-class _Serving:
+class _Serving(Calls):
     """The outgoing calls of one request, as its handlers and their tasks see it."""
 
-    __slots__ = ("calls", "options", "over", "request")
+    __slots__ = ("options", "over", "request")
 
     def __init__(self, request: web.BaseRequest, options: Options) -> None:
-        self.calls = Calls()
+        super().__init__()
         self.options = [options]
         self.over = False  # tasks that outlive the request are on their own
         # Every task that a handler starts, and for as long as it runs, has this in
@@ -376,9 +374,6 @@ class _Caller(_Holder):
 
     def call_ended(self) -> None:
         """Sever what earlier calls have left, but what is being handled."""
-        self._note_errors()
-        if not self.exceptions:
-            return
         handled = sys.exc_info()[1]  # or by who awaits this
         spare = () if handled is None else graph(handled)
         ids = set(map(id, spare))
@@ -387,7 +382,7 @@ class _Caller(_Holder):
     def done(self, task: "asyncio.Future[Any]") -> None:
         try:
             _callers.pop(id(task), None)
-            self._note_errors()
+            self.note_errors()
             self._sever(self.exceptions)
         except Exception:
             _complain("severing the calls of a task")
@@ -395,7 +390,7 @@ class _Caller(_Holder):
             self._let_go()
             self.exceptions = []
 
-    def _note_errors(self) -> None:
+    def note_errors(self) -> None:
         for error in self.calls.errors():
             self.note(error)
 
@@ -444,14 +439,6 @@ def _calls_of(request: web.BaseRequest) -> Optional[_Serving]:
     return serving
 
 
-def _caller() -> Union[_Serving, _Caller, None]:
-    """Who makes an outgoing call: the request that is being served, or a task."""
-    serving = _serving.get()
-    if serving is not None and not serving.over and serving.request() is not None:
-        return serving
-    return _calling_task()
-
-
 def _calling_task() -> Optional[_Caller]:
     task = asyncio.current_task()
     if task is None:
@@ -466,26 +453,31 @@ def _calling_task() -> Optional[_Caller]:
     return caller
 
 
-def note_attempt(protocol: Any) -> None:
-    """Remember the connection that a request is about to be sent on."""
-    try:
-        caller = _caller()
-        if caller is not None:
-            caller.calls.add(protocol)
-    except Exception:
-        _complain("noting a connection")
+def note_call(made_with: Any) -> None:
+    """Remember what a call is made with, to which an error may come later.
 
+    This runs for every outgoing call, most of which succeed.
 
-def note_response(response: Any) -> None:
-    """Remember a response, or a websocket: an error may come to it later."""
+    Args:
+        made_with: a response, a websocket or the protocol of a connection.
+    """
     try:
-        caller = _caller()
-        if caller is not None:
-            if isinstance(caller, _Caller):
-                caller.call_ended()
-            caller.calls.add(response)
+        serving = _serving.get()
+        if serving is not None and not serving.over:
+            serving.add(made_with)
+            return
+        caller = _calling_task()
+        if caller is None:
+            return
+        look = caller.calls.add(made_with)
+        if look:
+            caller.note_errors()
+        if caller.exceptions:
+            caller.call_ended()
+        if look:
+            caller.calls.forget_dead()
     except Exception:
-        _complain("noting a response")
+        _complain("noting a call")
 
 
 def note_failed_call(exc: BaseException) -> None:
@@ -493,16 +485,16 @@ def note_failed_call(exc: BaseException) -> None:
     if type(exc) is GeneratorExit:
         return
     try:
-        caller = _caller()
-        if isinstance(caller, _Serving):
-            request = caller.request()
-            followed = None if request is None else _follow(request, None)
-            if followed is not None:
-                _take_part(followed, caller)
-                followed.note_call(exc)
-                return
-            caller = _calling_task()  # nobody knows that request's task any more
+        serving = _serving.get()
+        request = None if serving is None or serving.over else serving.request()
+        followed = None if request is None else _follow(request, None)
+        if followed is not None:
+            followed.note_call(exc)
+            return
+        # Outside of any, or nobody knows any more which task handles it.
+        caller = _calling_task()
         if caller is not None:
+            caller.note_errors()
             caller.note(exc)
             caller.call_ended()
     except Exception:
@@ -617,7 +609,7 @@ def _look_at_calls(request: web.Request, options: Options) -> None:
     serving = _calls_of(request)
     if serving is None:
         return
-    for error in serving.calls.errors():
+    for error in serving.errors():
         note(request, error, options)
     if _FOLLOWED not in request.__dict__:
         serving.over = True  # nothing looks at the request's end

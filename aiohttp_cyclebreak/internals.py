@@ -6,11 +6,11 @@ nothing where that is missing.
 """
 
 import asyncio
-import inspect
+import re
 from collections import deque
 from functools import lru_cache, partial
 from types import FrameType
-from typing import Any, Callable, Iterator, List, Optional, Tuple, Type
+from typing import Any, Callable, Iterator, List, Optional, Set, Tuple, Type
 
 import aiohttp
 from aiohttp import web, web_app, web_protocol
@@ -20,11 +20,13 @@ from aiohttp.web_urldispatcher import SystemRoute
 from .sever import frames_of, is_exception
 
 __all__ = (
+    "KEEPS_FIRST_ATTEMPTS",
     "GuardedProtocol",
     "body_size",
     "connection_frame",
     "error_of_call",
-    "follow_session",
+    "follow_attempts",
+    "follow_websockets",
     "forget_missing_route",
     "frame_of_response",
     "guard_connections",
@@ -434,63 +436,78 @@ def error_of_call(made_with: Any) -> Optional[BaseException]:
     return None
 
 
-def follow_session(
-    session: aiohttp.ClientSession,
-    *,
-    attempted: Callable[[Any], None],
-    opened: Callable[[Any], None],
+# A call that is tried again on another connection tells its tracing nothing of the
+# first one, whose exception up to 3.11.13 the connection's protocol keeps.
+KEEPS_FIRST_ATTEMPTS = tuple(
+    int(part) for part in re.findall(r"\d+", aiohttp.__version__)[:3]
+) < (3, 11, 14)
+
+_following: Set[Any] = set()
+
+
+def follow_attempts(
+    session: aiohttp.ClientSession, attempted: Callable[[Any], None]
 ) -> None:
-    """Make a client session, and no other, tell what it makes its calls with.
+    """Make a client session, and no other, tell of each attempt to call.
 
-    A call that is tried again on another connection tells its tracing nothing of the
-    first one, and a websocket is made after the last event.
-
-    aiohttp: ``ClientSession._request_class``, ``._ws_response_class`` and
-    ``ClientRequest.send``, 3.8 to 3.14; where one is missing nothing is told of it.
+    aiohttp: ``ClientSession._request_class`` and ``ClientRequest.send``, 3.8 to
+    3.14; without them nothing is told.
 
     Args:
         session: the session, before the call.
         attempted: called with the protocol of the connection that a request is
             about to be sent on.
+    """
+    base: Any = getattr(session, "_request_class", None)
+    if base is not None and base not in _following and hasattr(base, "send"):
+        session._request_class = _following_request(base, attempted)
+
+
+def follow_websockets(
+    session: aiohttp.ClientSession, opened: Callable[[Any], None]
+) -> None:
+    """Make a client session, and no other, tell of each websocket that it opens.
+
+    It is made after the last event of its tracing.
+
+    aiohttp: ``ClientSession._ws_response_class``, 3.8 to 3.14; without it nothing
+    is told.
+
+    Args:
+        session: the session, before the websocket is made.
         opened: called with each websocket.
     """
-    told: Tuple[Tuple[str, Any, Callable[[Any], None]], ...] = (
-        ("_request_class", _following_request, attempted),
-        ("_ws_response_class", _following_websocket, opened),
-    )
-    for name, following, tell in told:
-        base: Any = getattr(session, name, None)
-        if inspect.isclass(base) and not issubclass(base, _Following):
-            setattr(session, name, following(base, tell))
+    base: Any = getattr(session, "_ws_response_class", None)
+    if base is not None and base not in _following:
+        session._ws_response_class = _following_websocket(base, opened)
 
 
-class _Following:
-    __slots__ = ()
-
-
-def _named_as(base: type, cls: type) -> type:
+def _stand_in(base: Any, cls: Any) -> Any:
     cls.__module__, cls.__name__ = base.__module__, base.__name__
     cls.__qualname__ = base.__qualname__
+    _following.add(cls)
     return cls
 
 
 # One class for all sessions: making one takes longer than the call does.
-@lru_cache(maxsize=32)
-def _following_request(base: Any, attempted: Callable[[Any], None]) -> type:
-    class Following(base, _Following):  # type: ignore[misc]
+@lru_cache(maxsize=None)
+def _following_request(base: Any, attempted: Callable[[Any], None]) -> Any:
+    send = base.send
+
+    class Following(base):  # type: ignore[misc]
         # Not a coroutine function: it would be a line in every traceback.
-        def send(self, conn: Any, *args: Any, **kwargs: Any) -> Any:
+        def send(self, conn: Any) -> Any:
             attempted(conn.protocol)
-            return super().send(conn, *args, **kwargs)
+            return send(self, conn)
 
-    return _named_as(base, Following)
+    return _stand_in(base, Following)
 
 
-@lru_cache(maxsize=32)
-def _following_websocket(base: Any, opened: Callable[[Any], None]) -> type:
-    class Following(base, _Following):  # type: ignore[misc]
+@lru_cache(maxsize=None)
+def _following_websocket(base: Any, opened: Callable[[Any], None]) -> Any:
+    class Following(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             opened(self)
 
-    return _named_as(base, Following)
+    return _stand_in(base, Following)

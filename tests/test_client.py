@@ -707,13 +707,13 @@ def test_nothing_piles_up_in_a_worker_that_never_ends(
         async with session_of(upstream, guarded) as (session, url):
             with no_collector():
                 before = len(alive(Marker)) + len(alive(ResponseHandler))
-                for number in range(40):
+                for number in range(80):
                     try:
                         await call(session, url)
                     except FAILURES:
                         pass
                     await asyncio.sleep(0)
-                    if number % 8 < 7:
+                    if number % 16 < 15:
                         continue
                     left = len(alive(Marker)) + len(alive(ResponseHandler))
                     counts.append(left - before)
@@ -721,8 +721,9 @@ def test_nothing_piles_up_in_a_worker_that_never_ends(
         return counts
 
     bare = run(main(False), loop)
-    assert bare[-1] >= 40
-    assert max(run(main(True), loop)) <= 2
+    assert bare[-1] >= 80
+    # What breaks off after the headers is looked for now and then.
+    assert max(run(main(True), loop)) <= (66 if answer == HALF else 2)
 
 
 def test_a_worker_that_has_ended_leaves_nothing() -> None:
@@ -747,7 +748,7 @@ def test_a_worker_may_log_late() -> None:
     async def main() -> None:
         errors: List[BaseException] = []
         texts: List[str] = []
-        async with session_of(Upstream((HALF,))) as (session, url):
+        async with session_of(Upstream((NOT_HTTP,))) as (session, url):
             for _ in range(3):
                 try:
                     await call(session, url)
@@ -870,14 +871,14 @@ def test_successful_calls_leave_no_trace_of_themselves() -> None:
             assert serving is not None
             for _ in range(500):
                 await read(request, session, url)
-                sizes.append(len(serving.calls._made_with))
+                sizes.append(len(serving._made_with))
             return "done"
 
         answer = OK.replace(b"OK", b"OK\r\nConnection: close")
         async with gateway(handler, Upstream((answer,))) as fixture:
             await fixture.ask()
         assert len(sizes) == 500
-        assert max(sizes) <= 130
+        assert max(sizes) <= 64
 
     run(main())
 

@@ -1,6 +1,8 @@
 """The files that the documentation shows, and what it says of them."""
 
 import contextlib
+import gc
+import importlib
 import json
 import pathlib
 import signal
@@ -13,6 +15,11 @@ import urllib.request
 from typing import Any, Iterator
 
 import pytest
+from aiohttp import web
+
+from aiohttp_cyclebreak.leaks.gateway import Upstream
+
+from .service import alive, no_collector, run, serve
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "docs" / "examples"
 
@@ -43,6 +50,52 @@ def ask(port: int, path: str) -> Any:
     except urllib.error.HTTPError as error:
         error.close()
         return error.code
+
+
+@pytest.mark.parametrize(
+    ("answers", "status"),
+    [
+        ((), 502),
+        ((b"",), 502),
+        ((b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf",), 502),
+        ((b"220 mail.example ESMTP\r\n\r\n",), 502),
+        ((None,), 504),
+        ((b"HTTP/1.1 201 Created\r\nContent-Length: 2\r\nX: y\r\n\r\nok",), 201),
+    ],
+    ids=["refused", "cut", "half", "not HTTP", "timeout", "success"],
+)
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_reverse_proxy_keeps_no_request(
+    answers: Any, status: int, guarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Switched off it does, where the catalogue says so."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("AIOHTTP_CYCLEBREAK", "on" if guarded else "off")
+    reverse_proxy = importlib.import_module("reverse_proxy")
+
+    async def main() -> int:
+        upstream = Upstream(answers)
+        upstream.start()
+        app = reverse_proxy.create_app(upstream.url.rstrip("/"), timeout=0.1)
+        if status != 504:
+            app = reverse_proxy.create_app(upstream.url.rstrip("/"))
+        try:
+            async with serve(app) as service:
+                with no_collector():
+                    before = len(alive(web.BaseRequest))
+                    for _ in range(3):
+                        assert (await service.ask("/some/path?a=b"))[0] == status
+                        await service.settle()
+                    return len(alive(web.BaseRequest)) - before
+        finally:
+            upstream.stop()
+
+    left = run(main())
+    gc.collect()
+    if guarded:
+        assert left == 0
+    elif status == 502 and answers != (b"",):
+        assert left == 3  # raised from the client's exception: on every version
 
 
 def test_a_runner_of_its_own_serves_and_stops() -> None:
