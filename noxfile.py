@@ -64,6 +64,22 @@ def tests(session, aiohttp, extensions):
     )
 
 
+# Beside the real tools that people use.
+COMPANY = (("3.8", SUSPECT), ("3.11", SUSPECT), ("3.13", NEWEST))
+
+
+@nox.session(tags=["main"])
+@nox.parametrize(
+    ("python", "aiohttp"), COMPANY, ids=[f"py{p}-aiohttp{a}" for p, a in COMPANY]
+)
+def company(session, aiohttp):
+    """Run beside error reporters, tracers, add-ons and servers: docs/safety.rst."""
+    session.install("-e", ".[test,company]", requirement(aiohttp))
+    session.run("python", "-c", "import aiohttp; print('aiohttp', aiohttp.__version__)")
+    tests = session.posargs or ["tests/company"]
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *tests)
+
+
 @nox.session(tags=["main"])
 def lint(session):
     """Check the format, the usual mistakes and the spelling."""
