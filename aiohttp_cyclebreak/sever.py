@@ -278,6 +278,8 @@ def empty(frame: FrameType) -> bool:
         # Who looked at f_locals (Sentry does) left a dict of them in the frame,
         # which clear() forgets: asking for it again brings it up to date.
         frame.f_locals  # noqa: B018
+    # Jinja makes a frame for each line of a template; its globals hold the exception.
+    frame.f_globals.pop("__jinja_exception__", None)
     return True
 
 
