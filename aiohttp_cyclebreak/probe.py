@@ -196,13 +196,15 @@ def quiet() -> Iterator[None]:
 def collector_off() -> Iterator[None]:
     """Switch the cyclic garbage collector off, and see only what is new."""
     enabled = gc.isenabled()
+    frozen = gc.get_freeze_count()
     gc.collect()
     gc.disable()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:  # or somebody else froze more than this
+            gc.unfreeze()
         if enabled:
             gc.enable()
 

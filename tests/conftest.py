@@ -1,10 +1,20 @@
 """What holds for every test."""
 
+import gc
 from typing import Iterator
 
 import pytest
 
 from aiohttp_cyclebreak import guard
+
+
+@pytest.fixture(scope="module")
+def few_objects() -> Iterator[None]:
+    """Take what there is already out of the hundreds of collections to come."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

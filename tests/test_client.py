@@ -32,6 +32,8 @@ from aiohttp_cyclebreak.leaks.gateway import Upstream
 
 from .service import AIOHTTP, LOOPS, Service, alive, no_collector, run, serve, spin
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 HALF = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"
 NOT_HTTP = b"220 mail.example ESMTP\r\n\r\n"

@@ -13,6 +13,8 @@ from aiohttp_cyclebreak.sever import graph, sever
 
 from .service import alive, no_collector, run, serve
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 Guard = Callable[[web.Application], Any]
 GUARDS: Dict[str, Guard] = {
     "appended": lambda app: app.middlewares.append(cyclebreak()),

@@ -16,6 +16,8 @@ from aiohttp_cyclebreak.probe import Count, Floor, measure, measure_floor
 
 from .service import AIOHTTP, LOOPS, alive, run, serve
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 
 def guard_calls(app: web.Application) -> None:
     gateway = gateway_of(app)

@@ -14,6 +14,8 @@ from aiohttp_cyclebreak import BreakEvent, cyclebreak, guard, setup
 
 from .service import Service, alive, no_collector, run, serve
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 APIS: Dict[str, Callable[..., Any]] = {
     "cyclebreak": lambda app, **options: app.middlewares.append(cyclebreak(**options)),
     "setup": setup,

@@ -12,6 +12,8 @@ from aiohttp_cyclebreak import break_cycles, cyclebreak, setup
 from .naive import NAIVE
 from .service import LOOPS, alive, no_collector, run, serve
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 REQUESTS = 6
 
 Guard = Callable[[web.Application], Any]

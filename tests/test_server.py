@@ -12,6 +12,8 @@ from aiohttp_cyclebreak import BreakEvent, guard_server
 from .service import AIOHTTP, LOOPS, Service, alive, no_collector, run
 from .test_middleware import Records, log  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 
 async def refuse(request: web.BaseRequest) -> web.Response:
     raise web.HTTPBadRequest(text="no")
