@@ -100,10 +100,12 @@ async def main(port: int, batches: int, size: int) -> None:
     await web.SockSite(runner, sock).start()
     try:
         await compare("a task", sessions, url, batches, size)
-        timeout = aiohttp.ClientTimeout(total=None)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
-            async with session.get(f"http://127.0.0.1:{sock.getsockname()[1]}/") as got:
-                got.raise_for_status()
+        async with aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=None)
+        ) as session, session.get(
+            f"http://127.0.0.1:{sock.getsockname()[1]}/"
+        ) as response:
+            response.raise_for_status()
     finally:
         for each in sessions.values():
             await each.close()

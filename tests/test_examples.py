@@ -135,7 +135,9 @@ def test_gunicorn_workers_are_guarded(worker: str) -> None:
                 assert master.stdout is not None
                 output = master.stdout.read()
                 assert "There is no current event loop" in output
-                pytest.skip("this aiohttp's uvloop worker does not start with this uvloop")
+                pytest.skip(
+                    "this aiohttp's uvloop worker does not start with this uvloop"
+                )
             time.sleep(0.05)
         for _ in range(100):
             assert ask(port, "/") == 400
