@@ -1,0 +1,938 @@
+"""Who holds it? The shortest chain of references to an object.
+
+Read from an object backwards with :func:`gc.get_referrers`, level by level, to what
+is alive by itself; or, where there is no such thing, to a reference cycle.  Nothing
+is collected, changed or kept, and no value is ever shown.
+"""
+
+import asyncio
+import gc
+import inspect
+import sys
+import time
+from dataclasses import dataclass
+from types import (
+    AsyncGeneratorType,
+    CellType,
+    CodeType,
+    CoroutineType,
+    FrameType,
+    FunctionType,
+    GeneratorType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    TracebackType,
+)
+from typing import (
+    Any,
+    Collection,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
+
+from aiohttp import web
+
+from .leaks import CATALOGUE, Remedy
+from .sever import COUNTS_ARE_EXACT
+
+__all__ = ("Chain", "Link", "chains", "shortest_chain")
+
+# Packages whose objects and frames only run a test, by what their modules' names
+# begin with.
+_RUNNERS = (
+    "_pytest",
+    "pluggy",
+    "pytest",
+    "pytest_aiohttp",
+    "pytest_asyncio",
+    "xdist",
+    "execnet",
+)
+# asyncio's own frames: the event loop that they run is a holder, they are not.
+_MACHINERY = (*_RUNNERS, __package__, "asyncio", "uvloop", "unittest", "threading")
+_LAST_ERROR = {"last_exc", "last_type", "last_value", "last_traceback"}
+_RESUMABLE = (CoroutineType, GeneratorType, AsyncGeneratorType)
+# What a call passes its arguments in, or a loop goes by, is held by a running function.
+_PASSING = (tuple, enumerate, zip, map)
+_SPECIAL = ("__traceback__", "__cause__", "__context__", "__self__", "__func__")
+_CHUNK = 64  # objects a call of gc.get_referrers(), which compares with each
+
+
+@dataclass(frozen=True)
+class Link:
+    """One object of a chain.
+
+    Attributes:
+        type: what it is: the name of its type, or of a frame's function.
+        holds: how it holds the next one: an attribute, a variable, an index; empty
+            for the last.
+        file: for a frame, the file of its code.
+        line: and the line that it is at.
+
+    .. versionadded:: 0.1.0
+    """
+
+    type: str
+    holds: str = ""
+    file: Optional[str] = None
+    line: Optional[int] = None
+
+    def __str__(self) -> str:
+        text = self.type
+        if self.file is not None:
+            text += f" ({self.file}:{self.line})"
+        return f"{text}: {self.holds}" if self.holds else text
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What holds an object: the shortest chain of references to it.
+
+    Attributes:
+        links: from what holds the object to the object; the object alone where the
+            cycle leads through it.
+        kind: ``"delayed"``: a reference cycle holds it until the cyclic garbage
+            collector runs; ``"live"``: something that runs, waits or is open holds
+            it, and ends; ``"permanent"``: a module, a class or an application
+            holds it, and nothing ends that; ``"unknown"``: not found in time, or
+            hidden by :func:`gc.freeze`.
+        cycle: the reference cycle, for ``"delayed"``: its first object is its last, and
+            the first of *links* too.
+        leak: what stands before the slash in the id of the catalogue's entries whose
+            pattern it is, or None.
+        advice: what to do about it.
+
+    .. versionadded:: 0.1.0
+    """
+
+    links: Tuple[Link, ...]
+    kind: str
+    cycle: Tuple[Link, ...] = ()
+    leak: Optional[str] = None
+    advice: str = ""
+
+    def __str__(self) -> str:
+        lines = [_HEADINGS[self.kind]]
+        if self.cycle:
+            lines += _indent(self.cycle)
+            if len(self.links) > 1:
+                lines += ["which leads on to it:", *_indent(self.links)]
+        else:
+            lines += _indent(self.links)
+        return "\n".join([*lines, self.advice])
+
+
+_HEADINGS = {
+    "delayed": "in a reference cycle, until the garbage collector runs:",
+    "live": "held by something that is not over:",
+    "permanent": "held for good:",
+    "unknown": "held by something that was not found:",
+}
+
+
+def _indent(links: Iterable[Link]) -> List[str]:
+    return [f"    {link}" for link in links]
+
+
+def shortest_chain(
+    target: object, *, ignore: Iterable[object] = (), budget: Optional[float] = None
+) -> Optional[Chain]:
+    """Find the shortest chain of references from what holds an object to it.
+
+    The caller's own variables are never counted as holders, nor is what runs a test.
+
+    Args:
+        target: the object, which the garbage collector must track.
+        ignore: objects that are not counted as holders; a frame stands for its
+            local variables.
+        budget: how long to look, in seconds; None: to the end.  It is looked at
+            between steps: the longest of these is one pass over all objects.
+
+    Returns:
+        The chain; None when nothing else holds the object.
+
+    .. versionadded:: 0.1.0
+    """
+    caller = sys._getframe(1)  # noqa: SLF001
+    return chains([target], ignore=[*ignore, caller], budget=budget)[0]
+
+
+def chains(
+    targets: Sequence[object],
+    *,
+    ignore: Iterable[object] = (),
+    budget: Optional[float] = None,
+) -> List[Optional[Chain]]:
+    """Find the chain of each of several objects, in one search.
+
+    Args:
+        targets: the objects.
+        ignore: as for :func:`shortest_chain`; so are the caller's variables.
+        budget: as there, for all of them.
+
+    Returns:
+        What :func:`shortest_chain` gives for each, in their order.
+
+    .. versionadded:: 0.1.0
+    """
+    caller = sys._getframe(1)  # noqa: SLF001
+    search = _Search(targets, [*ignore, targets, caller], budget)
+    try:
+        search.run()
+        return [search.chain_of(target) for target in targets]
+    finally:
+        search.forget()
+
+
+@dataclass(frozen=True)
+class _Root:
+    """Why an object is alive by itself.
+
+    Attributes:
+        kind: that of the chain.
+        link: what comes before the object, if it is not the object itself.
+    """
+
+    kind: str
+    link: Optional[Link] = None
+
+
+class _Search:
+    """The objects that lead to the targets, and why they live.
+
+    Objects are held by one list alone and are known by their index in it elsewhere, so
+    that the search meets nothing of itself.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[object],
+        ignore: Iterable[object],
+        budget: Optional[float],
+    ) -> None:
+        self._deadline = None if budget is None else time.monotonic() + budget
+        self._late = False
+        self._objects: List[Any] = []
+        self._index: Dict[int, int] = {}
+        self._holders: List[List[int]] = []  # who holds it
+        self._held: List[List[int]] = []  # what it holds, of these objects
+        self._counted: List[int] = []  # the references that were met
+        self._live: Dict[int, _Root] = {}  # roots, and those that they hold
+        self._roots: Dict[int, _Root] = {}
+        self._modules = {
+            id(vars(module)): name
+            for name, module in list(sys.modules.items())
+            if type(module) is ModuleType
+        }
+        self._ignored = {id(self._objects), id(gc.garbage)}
+        # The collector sees what a task holds, but gc.get_referrers() does not: in C,
+        # its base class is asked and the answer dropped (TaskObj_traverse()).
+        self._tasks: List[Any] = []
+        self._of_tasks: Dict[int, List[int]] = {}
+        self._ignored.add(id(self._tasks))
+        self._frames: Dict[int, _Root] = {}  # by the id of a variable's value
+        self._running: Set[int] = set()
+        self._references: Dict[int, int] = {}  # those of the variables that run
+        self._ignored.update(id(each) for each in ignore)
+        self._look_at_frames()
+        for target in targets:
+            self._add(target)
+        self._targets = len(self._objects)
+
+    def forget(self) -> None:
+        """Let go of every object."""
+        self._objects.clear()
+        self._tasks.clear()
+
+    # What runs.
+
+    def _look_at_frames(self) -> None:
+        frames = list(sys._current_frames().values())  # noqa: SLF001
+        while frames:  # popped, since one that held itself would be a reference cycle
+            frame = frames.pop()
+            self._look_at(frame)
+            if frame.f_back is not None:
+                frames.append(frame.f_back)
+            del frame
+
+    def _look_at(self, frame: FrameType) -> None:
+        self._running.add(id(frame))
+        if _belongs_to(frame.f_globals, _MACHINERY):
+            self._ignored.add(id(frame))
+        if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+            return  # its variables are those of a module or a class
+        for name, value in _variables(frame, self._ignored):
+            self._references[id(value)] = self._references.get(id(value), 0) + 1
+            if id(frame) not in self._ignored:
+                link = _frame_link(frame, f"local variable {name!r}")
+                self._frames.setdefault(id(value), _Root("live", link))
+
+    # Who leads where.
+
+    def _add(self, each: Any) -> int:
+        index = self._index.get(id(each))
+        if index is None:
+            index = self._index[id(each)] = len(self._objects)
+            self._objects.append(each)
+            self._holders.append([])
+            self._held.append([])
+            self._counted.append(0)
+        return index
+
+    def run(self) -> None:
+        """Look at the holders, and theirs, until it is known who is alive."""
+        self._tasks += [
+            each for each in gc.get_objects() if issubclass(type(each), asyncio.Task)
+        ]
+        for position, task in enumerate(self._tasks):
+            for each in gc.get_referents(task):
+                self._of_tasks.setdefault(id(each), []).append(position)
+        task = each = None
+        frontier = list(range(self._targets))
+        for index in frontier:
+            self._look_for_root(index)
+        self._look_from(frontier)
+        if not self._late:
+            self._look_outside()
+
+    def _look_from(self, frontier: List[int]) -> None:
+        while frontier and not self._late:
+            found: List[int] = []
+            needed = self._needed()
+            frontier = [each for each in frontier if each in needed]
+            for start in range(0, len(frontier), _CHUNK):
+                if self._is_late():
+                    break
+                found += self._look_behind(frontier[start : start + _CHUNK])
+            found.sort(key=self._order)
+            frontier = found
+            self._spread()
+
+    def _is_late(self) -> bool:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self._late = True
+        return self._late
+
+    def _needed(self) -> Set[int]:
+        """What leads to a target of which it is not known that it lives."""
+        needed = {each for each in range(self._targets) if each not in self._live}
+        walk = list(needed)
+        for each in walk:
+            for holder in self._holders[each]:
+                if holder not in needed and holder not in self._live:
+                    needed.add(holder)
+                    walk.append(holder)
+        return needed
+
+    def _look_behind(self, frontier: List[int]) -> List[int]:
+        holders = {
+            id(self._tasks[position]): self._tasks[position]
+            for each in frontier
+            for position in self._of_tasks.get(id(self._objects[each]), ())
+        }
+        self._ignored.add(id(holders))
+        asked = tuple([self._objects[each] for each in frontier])
+        for holder in gc.get_referrers(*asked):
+            if holder is not asked:
+                holders[id(holder)] = holder
+        return self._note(holders.values(), frontier)
+
+    def _note(self, holders: Iterable[Any], frontier: Iterable[int]) -> List[int]:
+        """Note who holds what; give those that are new."""
+        ids = {id(self._objects[each]): each for each in frontier}
+        known = len(self._objects)
+        for holder in holders:
+            held: Dict[int, int] = {}
+            for each in gc.get_referents(holder):
+                if id(each) in ids:
+                    held[ids[id(each)]] = held.get(ids[id(each)], 0) + 1
+            for index, references in held.items():
+                self._counted[index] += references
+            if not held or self._is_ignored(holder):
+                continue
+            index = self._add(holder)
+            self._held[index] += held
+            for noted in held:
+                self._holders[noted].append(index)
+        found = list(range(known, len(self._objects)))
+        for index in found:
+            self._look_for_root(index)
+        return found
+
+    def _is_ignored(self, holder: Any) -> bool:
+        kind = type(holder)
+        if id(holder) in self._ignored:
+            return True
+        if kind is FrameType:
+            return _belongs_to(holder.f_globals, _RUNNERS)
+        if kind in _RESUMABLE:
+            frame = _frame_of(holder)
+            return frame is not None and (
+                id(frame) in self._ignored or _belongs_to(frame.f_globals, _RUNNERS)
+            )
+        return _is_of(getattr(kind, "__module__", None), _RUNNERS)
+
+    def _look_for_root(self, index: int) -> None:
+        each = self._objects[index]
+        root = None
+        name = self._modules.get(id(each))
+        if name is not None or type(each) is ModuleType:
+            if name != "sys" or self._holds_more_than_the_last_error(index):
+                root = _Root("permanent")
+        elif id(each) in self._frames:
+            root = self._frames[id(each)]
+        elif id(each) in self._running or _is_open_loop(each):
+            root = _Root("live")
+        if root is not None:
+            self._roots[index] = self._live[index] = root
+
+    def _holds_more_than_the_last_error(self, index: int) -> bool:
+        namespace = self._objects[index]
+        return any(
+            value is self._objects[held]
+            for name, value in namespace.items()
+            if name not in _LAST_ERROR
+            for held in self._held[index]
+        )
+
+    def _spread(self) -> None:
+        """What a live object holds is alive."""
+        walk = list(self._live)
+        for index in walk:
+            for held in self._held[index]:
+                if held not in self._live:
+                    self._live[held] = self._live[index]
+                    walk.append(held)
+
+    def _look_outside(self) -> None:
+        """See who is held by what :func:`gc.get_referrers` does not show."""
+        if not COUNTS_ARE_EXACT or gc.get_freeze_count():
+            return
+        missing = self._missing()
+        if missing:
+            # It does not find all that the collector sees: see above.
+            self._look_from(self._look_through_all(missing))
+        if not self._late:
+            for index in self._missing():
+                self._roots[index] = self._live[index] = _Root("live", _OUTSIDE)
+            self._spread()
+
+    def _missing(self) -> List[int]:
+        """The objects to which there are more references than were met."""
+        return [
+            index
+            for index in sorted(self._needed())
+            if index >= self._targets
+            and not self._is_passing(index)
+            # The argument of the call is a reference too.
+            and sys.getrefcount(self._objects[index]) - 1
+            > self._counted[index] + self._references.get(id(self._objects[index]), 0)
+        ]
+
+    def _is_passing(self, index: int) -> bool:
+        return type(self._objects[index]) in _PASSING and not self._holders[index]
+
+    def _look_through_all(self, missing: List[int]) -> List[int]:
+        """Ask every object what it holds, which takes its time."""
+        ids = {id(self._objects[index]) for index in missing}
+        holders: List[Any] = []
+        everything = gc.get_objects()
+        self._ignored.update((id(everything), id(holders)))
+        for each in everything:
+            if not ids.isdisjoint(map(id, gc.get_referents(each))):
+                if id(each) not in (id(holders), id(ids)):
+                    holders.append(each)
+            if self._is_late():
+                return []
+        for index in missing:
+            self._counted[index] = 0
+        return self._note(holders, missing)
+
+    def _order(self, index: int) -> Tuple[str, ...]:
+        return _what(self._objects[index], self._modules)[0], str(index).zfill(9)
+
+    # From the root, or the cycle, to the target.
+
+    def chain_of(self, each: object) -> Optional[Chain]:
+        """Put the chain of one target into words."""
+        target = self._index[id(each)]
+        if target in self._live:
+            return self._live_chain(target)
+        if self._late:
+            return self._unknown(target)
+        cycle = self._cycle(target)
+        if cycle is None:
+            return self._unknown(target) if gc.get_freeze_count() else None
+        if gc.get_freeze_count():
+            return self._unknown(target)
+        path = self._path([cycle[0]], target)
+        if _is_dict_of(self._objects[cycle[0]], self._objects[cycle[-2]]):
+            cycle = [cycle[-2], *cycle[:-1]]  # begin with the owner
+            path = [cycle[0], *path]
+        return self._describe("delayed", path, cycle)
+
+    def _path(self, starts: Collection[int], end: int) -> List[int]:
+        """The shortest way from one of several objects to another."""
+        came_from: Dict[int, int] = dict.fromkeys(starts, -1)
+        walk = list(starts)
+        for each in walk:
+            if each == end:
+                break
+            for held in self._held[each]:
+                if held not in came_from:
+                    came_from[held] = each
+                    walk.append(held)
+        path = [end]
+        while came_from[path[-1]] >= 0:
+            path.append(came_from[path[-1]])
+        return path[::-1]
+
+    def _live_chain(self, target: int) -> Chain:
+        roots = {each for each in self._behind(target) if each in self._roots}
+        best = min(len(self._path([root], target)) for root in roots)
+        ways = [self._path([root], target) for root in roots]
+        way = min(
+            (way for way in ways if len(way) == best),
+            key=lambda way: (
+                self._roots[way[0]].kind != "permanent",
+                [self._order(each)[0] for each in way],
+            ),
+        )
+        return self._describe(self._roots[way[0]].kind, way)
+
+    def _behind(self, target: int) -> List[int]:
+        walk = [target]
+        seen = {target}
+        for each in walk:
+            for holder in self._holders[each]:
+                if holder not in seen:
+                    seen.add(holder)
+                    walk.append(holder)
+        return walk
+
+    def _cycle(self, target: int) -> Optional[List[int]]:
+        """The shortest cycle nearest to the target: its first is also its last."""
+        distance = {target: 0}
+        walk = [target]
+        for each in walk:
+            for holder in self._holders[each]:
+                if holder not in distance:
+                    distance[holder] = distance[each] + 1
+                    walk.append(holder)
+        best: Optional[List[int]] = None
+        for each in walk:
+            if best is not None and distance[each] > distance[best[0]]:
+                break
+            cycle = self._way_back(each)
+            if cycle is not None and (best is None or len(cycle) < len(best)):
+                best = cycle
+        return best
+
+    def _way_back(self, start: int) -> Optional[List[int]]:
+        came_from: Dict[int, int] = {}
+        walk = [start]
+        for each in walk:
+            for held in self._held[each]:
+                if held == start:
+                    way = [start, each]
+                    while way[-1] != start:
+                        way.append(came_from[way[-1]])
+                    return way[::-1]
+                if held not in came_from:
+                    came_from[held] = each
+                    walk.append(held)
+        return None
+
+    def _unknown(self, target: int) -> Chain:
+        farthest = self._behind(target)[-1]
+        return self._describe("unknown", self._path([farthest], target))
+
+    # In words.
+
+    def _describe(
+        self, kind: str, path: List[int], cycle: Optional[List[int]] = None
+    ) -> Chain:
+        objects = [self._objects[each] for each in path]
+        root = self._roots.get(path[0]) if cycle is None else None
+        leading = None if root is None else root.link
+        start = _start(objects)
+        if start is not None and cycle is None and kind != "unknown":
+            objects = objects[start:]
+            leading = None
+            kind = "permanent" if _is_application(objects[0]) else "live"
+        looped = [self._objects[each] for each in cycle or ()]
+        whole = [*looped, *objects[1:]] if looped else objects
+        links, loop = self._links(objects), self._links(looped)
+        if leading is not None:
+            links = (leading, *links)
+        marks = {mark for each in whole for mark in _marks(each)}
+        marks.update(link.holds for link in (*loop, *links))
+        leak = _recognise(kind, marks)
+        return Chain(links, kind, loop, leak, _advise(kind, leak, marks))
+
+    def _links(self, objects: List[Any]) -> Tuple[Link, ...]:
+        links: List[Link] = []
+        for position, each in enumerate(objects):
+            following = objects[position + 1 : position + 2]
+            before = objects[position - 1] if position else None
+            if following and before is not None and _is_dict_of(each, before):
+                continue  # said by its owner
+            if following and type(each) is type(following[0]) is TracebackType:
+                continue  # it is a list of them
+            holds = ""
+            if following:
+                holds = _how(each, following[0])
+                if _is_dict_of(following[0], each) and objects[position + 2 :]:
+                    holds = _key(following[0], objects[position + 2], "attribute")
+            what, file, line = _what(each, self._modules)
+            if id(each) in self._modules:
+                holds = _key(each, following[0], "global") if following else ""
+            links.append(Link(what, holds, file, line))
+        return tuple(links)
+
+
+_OUTSIDE = Link("something in C, or a temporary value", "holds")
+
+
+def _is_of(module: object, packages: Sequence[str]) -> bool:
+    return isinstance(module, str) and module.partition(".")[0] in packages
+
+
+def _belongs_to(namespace: Dict[str, Any], packages: Sequence[str]) -> bool:
+    return _is_of(namespace.get("__name__"), packages)
+
+
+def _is_open_loop(each: Any) -> bool:
+    if not issubclass(type(each), asyncio.AbstractEventLoop):
+        return False
+    try:
+        return not each.is_closed()
+    except NotImplementedError:  # it is no loop, it only inherits from one
+        return False
+
+
+def _frame_of(resumable: Any) -> Optional[FrameType]:
+    for prefix in ("cr", "gi", "ag"):
+        frame = getattr(resumable, prefix + "_frame", None)
+        if frame is not None:
+            return frame  # type: ignore[no-any-return]
+    return None
+
+
+def _code_of(resumable: Any) -> CodeType:
+    for prefix in ("cr", "gi", "ag"):
+        code = getattr(resumable, prefix + "_code", None)
+        if code is not None:
+            break
+    return code  # type: ignore[return-value]
+
+
+def _variables(
+    frame: FrameType, snapshots: Optional[Set[int]] = None
+) -> Iterator[Tuple[str, Any]]:
+    """A function's local variables, without leaving them behind in the frame."""
+    variables = frame.f_locals
+    try:
+        yield from list(variables.items())
+    finally:
+        # Before CPython 3.13 it is a dict that the frame keeps.  If nobody else has
+        # asked for it, nobody misses what is in it.
+        if sys.version_info < (3, 13) and isinstance(variables, dict):
+            # The frame, the variable, the argument.
+            if sys.getrefcount(variables) <= 3:
+                variables.clear()
+            elif snapshots is not None:
+                snapshots.add(id(variables))
+
+
+def _dict_of(each: Any) -> Optional[Dict[str, Any]]:
+    try:
+        attributes = object.__getattribute__(each, "__dict__")
+    except AttributeError:
+        return None
+    return attributes if type(attributes) is dict else None
+
+
+def _is_dict_of(each: Any, owner: Any) -> bool:
+    if type(each) is not dict or type(owner) is ModuleType:
+        return False
+    return _dict_of(owner) is each
+
+
+def _key(namespace: Dict[Any, Any], held: Any, name: str) -> str:
+    for key, value in namespace.items():
+        if value is held and type(key) is str:
+            return f"{name} {key!r}"
+    return name
+
+
+def _what(
+    each: Any, modules: Dict[int, str]
+) -> Tuple[str, Optional[str], Optional[int]]:
+    """What an object is, and for a frame where."""
+    if id(each) in modules:
+        return f"module {modules[id(each)]}", None, None
+    kind = type(each)
+    if kind is FrameType:
+        link = _frame_link(each, "")
+        return link.type, link.file, link.line
+    if kind in _RESUMABLE:
+        code = _code_of(each)
+        frame = _frame_of(each)
+        line = frame.f_lineno if frame is not None else code.co_firstlineno
+        return f"{kind.__name__} {each.__qualname__}", code.co_filename, line
+    if kind is FunctionType:
+        code = each.__code__
+        return (
+            f"function {each.__qualname__}",
+            code.co_filename,
+            code.co_firstlineno,
+        )
+    if kind is MethodType:
+        return f"method {_name_of(each.__func__)}", None, None
+    if kind is TracebackType:
+        return "traceback", None, None
+    if issubclass(kind, type):
+        return f"class {_type_name(each)}", None, None
+    return _type_name(kind), None, None
+
+
+def _type_name(kind: type) -> str:
+    module = getattr(kind, "__module__", None)
+    name = type.__dict__["__qualname__"].__get__(kind)
+    if not isinstance(module, str) or module == "builtins":
+        return str(name)
+    return f"{module}.{name}"
+
+
+def _name_of(function: Any) -> str:
+    name = getattr(function, "__qualname__", None)
+    return name if isinstance(name, str) else type(function).__name__
+
+
+def _frame_link(frame: FrameType, holds: str) -> Link:
+    code = frame.f_code
+    name = getattr(code, "co_qualname", code.co_name)
+    return Link(f"frame of {name}", holds, code.co_filename, frame.f_lineno)
+
+
+def _how(holder: Any, held: Any) -> str:
+    """How one object holds another, by name, and never by a value."""
+    kind = type(holder)
+    if kind is FrameType:
+        return _how_frame(holder, held)
+    if kind in _RESUMABLE:
+        return _how_resumable(holder, held)
+    if kind is CellType:
+        return "closure cell"
+    if kind is FunctionType:
+        return _how_function(holder, held)
+    if kind is tuple and type(held) is CellType:
+        return "closure"
+    if kind in (list, tuple):
+        for index, each in enumerate(holder):
+            if each is held:
+                return f"index {index}"
+    if issubclass(kind, dict):
+        return _how_dict(holder, held)
+    attributes = _dict_of(holder)
+    if attributes is held:
+        return "attributes"
+    for name, value in (attributes or {}).items():
+        if value is held:
+            return f"attribute {name!r}"
+    return _how_by_descriptor(holder, held)
+
+
+def _how_dict(holder: Any, held: Any) -> str:
+    for key, value in dict.items(holder):
+        if value is held:
+            return f"value of a key of type {_type_name(type(key))}"
+        if key is held:
+            return "key"
+    return "holds"
+
+
+def _how_frame(frame: FrameType, held: Any) -> str:
+    if frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        for name, value in _variables(frame):
+            if value is held or _is_cell_of(held, value):
+                return f"local variable {name!r}"
+    if frame.f_back is held:
+        return "f_back"
+    return "temporary value"
+
+
+def _is_cell_of(cell: Any, value: Any) -> bool:
+    try:
+        return type(cell) is CellType and cell.cell_contents is value
+    except ValueError:  # it is empty
+        return False
+
+
+def _how_resumable(holder: Any, held: Any) -> str:
+    frame = _frame_of(holder)
+    if frame is held:
+        return "frame"
+    for prefix in ("cr_await", "gi_yieldfrom", "ag_await"):
+        if getattr(holder, prefix, None) is held:
+            return "awaits"
+    if frame is not None:
+        how = _how_frame(frame, held)
+        if how != "temporary value" or not issubclass(type(held), BaseException):
+            return how
+    return "exception in hand"
+
+
+def _how_function(function: Any, held: Any) -> str:
+    if function.__closure__ is held:
+        names = ", ".join(map(repr, function.__code__.co_freevars))
+        return f"closure over {names}"
+    for name in ("__defaults__", "__kwdefaults__", "__globals__", "__wrapped__"):
+        if getattr(function, name, None) is held:
+            return name
+    return "holds"
+
+
+def _how_by_descriptor(holder: Any, held: Any) -> str:
+    for kind in type(holder).__mro__:
+        in_c = not kind.__flags__ & _HEAP or _is_of(kind.__module__, _STDLIB)
+        for name, descriptor in list(vars(kind).items()):
+            if name.startswith("__") and name not in _SPECIAL:
+                continue
+            if type(descriptor) is MemberDescriptorType or (
+                in_c and type(descriptor) is GetSetDescriptorType
+            ):
+                try:
+                    value = descriptor.__get__(holder)
+                except Exception:  # a slot that is empty
+                    continue
+                if value is held:
+                    return name if in_c else f"attribute {name!r}"
+    return "holds"
+
+
+# What a chain is told by: the modules and functions of frames, types, attributes.
+
+
+def _marks(each: Any) -> Iterator[str]:
+    kind = type(each)
+    yield _type_name(kind)
+    if kind is FrameType:
+        module = each.f_globals.get("__name__")
+        yield f"{module}:{each.f_code.co_name}"
+        if not _is_of(module, ("aiohttp", "asyncio")):
+            yield _FRAME
+    if kind in _RESUMABLE:
+        yield str(each.__qualname__)
+    if issubclass(kind, BaseException):
+        yield _ERROR
+    if issubclass(kind, web.HTTPException):
+        yield _HTTP_ERROR
+
+
+def _is_application(each: Any) -> bool:
+    # Not issubclass(): it is an abstract class, which remembers what it is asked.
+    return web.Application in type(each).__mro__
+
+
+def _start(objects: Sequence[Any]) -> Optional[int]:
+    """Where to begin to tell: how one of these is held is no news."""
+    for index in range(len(objects) - 2, -1, -1):
+        each = objects[index]
+        if _is_application(each) or _is_open_loop(each):
+            return index
+        if issubclass(type(each), asyncio.Task) and not each.done():
+            return index
+    return None
+
+
+_FRAME, _ERROR, _HTTP_ERROR = "a frame of the application", "an error", "a response"
+
+# The first whose marks are all there is what a chain is; the catalogue's other leaks
+# come down to one of these.
+_PATTERNS: Tuple[Tuple[str, str, Tuple[str, ...]], ...] = (
+    ("permanent", "late-read", ("aiohttp.web_protocol.PayloadAccessError",)),
+    (
+        "permanent",
+        "cve-2024-52303",
+        ("functools._lru_cache_wrapper", "aiohttp.web_urldispatcher.SystemRoute"),
+    ),
+    ("permanent", "singleton", (_ERROR, "traceback")),
+    ("live", "idle-body", ("RequestHandler.start", "local variable 'request'")),
+    ("delayed", "websocket", ("aiohttp.web_ws.WebSocketResponse",)),
+    ("delayed", "late-read", ("aiohttp.web_protocol.PayloadAccessError",)),
+    ("delayed", "payload", ("aiohttp.streams.StreamReader", _ERROR, "traceback")),
+    (
+        "delayed",
+        "close-cancel",
+        ("aiohttp.web_protocol:start", "asyncio.exceptions.CancelledError"),
+    ),
+    (
+        "delayed",
+        "started",
+        ("aiohttp.web_protocol:start", "local variable 'task'", _ERROR),
+    ),
+    ("delayed", "no-route", ("aiohttp.web_urldispatcher.MatchInfoError",)),
+    ("delayed", "no-route", ("aiohttp.web_urldispatcher.SystemRoute",)),
+    ("delayed", "stash", ("attribute '_state'", _ERROR, "traceback")),
+    (
+        "delayed",
+        "http-exception",
+        ("aiohttp.web_protocol:_handle_request", "local variable 'resp'", _HTTP_ERROR),
+    ),
+    ("delayed", "kept-local", (_FRAME, "traceback")),
+)
+
+
+def _recognise(kind: str, marks: Set[str]) -> Optional[str]:
+    for its_kind, leak, needed in _PATTERNS:
+        if its_kind == kind and marks.issuperset(needed):
+            return leak
+    return None
+
+
+_REMEDIES = {
+    Remedy.MIDDLEWARE: "cyclebreak() among the application's middlewares stops this",
+    Remedy.SERVER: "guard_server(runner) stops this",
+    Remedy.RELEASE: "cyclebreak(release_body=True) lets go of the body",
+}
+_ADVICE = {
+    "delayed": (
+        "Cut one of these references once the request is answered: del the variable, "
+        "or clear the attribute."
+    ),
+    "live": (
+        "It is let go when what the first line names ends; if that is too late, give "
+        "it only what it needs of the request."
+    ),
+    "permanent": (
+        "Remove it from what the first lines name once the request is answered, or "
+        "keep only what you need of it."
+    ),
+    "unknown": "Look again with a larger budget, and without gc.freeze().",
+}
+
+
+def _advise(kind: str, leak: Optional[str], marks: Set[str]) -> str:
+    for each in CATALOGUE:
+        if leak is not None and each.id.partition("/")[0] == leak:
+            advice = f"{_REMEDIES[each.remedy]}; {leak} of the catalogue: {each.title}."
+            return f"{advice} {each.upstream}".rstrip()
+    if kind == "delayed" and {_ERROR, "traceback"} & marks:
+        return (
+            f"{_ADVICE[kind]} cyclebreak() does it for exceptions that leave a handler."
+        )
+    return _ADVICE[kind]
+
+
+_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+_STDLIB = ("_asyncio", "_contextvars", "_functools", "builtins", "collections")

@@ -1,0 +1,435 @@
+"""Who holds it: shown on cycles and holders of each kind, and on the catalogue."""
+
+import asyncio
+import dataclasses
+import functools
+import gc
+import signal
+import sys
+import threading
+import weakref
+from types import SimpleNamespace
+from typing import Any, Dict, Iterator, List, Optional, Set
+
+import pytest
+from aiohttp import web
+
+from aiohttp_cyclebreak import probe
+from aiohttp_cyclebreak.chains import Chain, chains, shortest_chain
+from aiohttp_cyclebreak.leaks import CATALOGUE, Kind, Leak
+from aiohttp_cyclebreak.probe import Floor, measure
+from aiohttp_cyclebreak.sever import COUNTS_ARE_EXACT
+
+from .service import AIOHTTP, run, serve
+
+KEPT: List[Any] = []
+SECRET = "a secret value"
+
+
+class Target:
+    """What is looked for."""
+
+    link: Any = None
+
+
+@pytest.fixture(autouse=True)
+def _no_collection() -> Iterator[None]:
+    gc.unfreeze()  # what is frozen is hidden from whoever looks for holders
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+    KEPT.clear()
+    gc.collect()
+    gc.freeze()
+
+
+def found(target: object, **options: Any) -> Chain:
+    # The test's variables are no holders either.
+    ignore = [sys._getframe(1), *options.pop("ignore", ())]
+    chain = shortest_chain(target, ignore=ignore, **options)
+    assert chain is not None
+    return chain
+
+
+def test_nothing_holds_what_only_a_variable_has() -> None:
+    """The caller's own variables are no holders, nor are those that it ignores."""
+    target = Target()
+    holder = [target]
+    assert shortest_chain(target) is None
+    assert holder
+
+
+def test_a_module() -> None:
+    """What a module holds is held for good."""
+    target = Target()
+    KEPT.append({SECRET: target})
+    chain = found(target)
+    assert chain.kind == "permanent"
+    assert [link.type for link in chain.links] == [
+        f"module {__name__}",
+        "list",
+        "dict",
+        f"{__name__}.Target",
+    ]
+    assert chain.links[0].holds == "global 'KEPT'"
+    assert chain.links[1].holds == "index 0"
+    assert SECRET not in str(chain)
+
+
+def test_an_ignored_holder() -> None:
+    """What the caller says is no holder is none."""
+    target = Target()
+    KEPT.append(target)
+    assert shortest_chain(target, ignore=[KEPT]) is None
+
+
+def test_attributes_slots_and_closures_have_names() -> None:
+    """Each way to hold something is called by its name."""
+
+    class Slotted:
+        __slots__ = ("slot",)
+
+    target = Target()
+    slotted: Any = Slotted()
+    slotted.slot = target
+
+    def function() -> Any:
+        return slotted
+
+    KEPT.append(functools.partial(SimpleNamespace, attribute=function))
+    holds = " / ".join(link.holds for link in found(target).links)
+    assert "attribute 'slot'" in holds
+    assert "closure over 'slotted'" in holds
+    assert "keywords" in holds
+
+
+def test_the_shortest_of_two() -> None:
+    """A longer way is not told."""
+    target = Target()
+    KEPT.append([[[target]]])
+    KEPT.append(target)
+    assert len(found(target).links) == 3
+
+
+def test_a_cycle_through_the_target() -> None:
+    """Where the target refers to itself, nothing leads on from the cycle."""
+    target = Target()
+    target.link = {"back": target}
+    reference = weakref.ref(target)
+    chain = found(target)
+    assert chain.kind == "delayed"
+    assert chain.links == chain.cycle[-1:]
+    assert [link.type for link in chain.cycle] == [
+        f"{__name__}.Target",
+        "dict",
+        f"{__name__}.Target",
+    ]
+    assert chain.cycle[0].holds == "attribute 'link'"
+    del target
+    assert reference() is not None
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_cycle_that_leads_to_the_target() -> None:
+    """The cycle nearest to the target is told, and how it leads on."""
+    target = Target()
+    owner = Target()
+    owner.link = [owner, target]
+    del owner
+    chain = found(target)
+    assert chain.kind == "delayed"
+    assert chain.cycle[0].type == chain.cycle[-1].type
+    assert chain.links[0].type == chain.cycle[0].type
+    assert chain.links[-1].type == f"{__name__}.Target"
+
+
+def make_cycle(target: Target) -> None:
+    error: Optional[Exception] = None
+    try:
+        raise ValueError(SECRET)
+    except ValueError as exc:
+        error = exc
+    assert error
+
+
+def test_a_cycle_through_a_frame() -> None:
+    """A frame is told by function, file and line, and by the variable."""
+    target = Target()
+    make_cycle(target)
+    chain = found(target)
+    assert chain.kind == "delayed"
+    frame = chain.links[0]
+    assert "make_cycle" in frame.type
+    assert frame.holds == "local variable 'target'"
+    assert frame.file == __file__
+    line = make_cycle.__code__.co_firstlineno
+    assert frame.line is not None
+    assert line < frame.line <= line + 6
+    assert any(link.holds == "local variable 'error'" for link in chain.cycle)
+    assert SECRET not in str(chain)
+    assert "ValueError" in str(chain)
+
+
+def test_a_suspended_task() -> None:
+    """A task that waits is where the chain begins, whatever wakes it."""
+
+    async def wait(target: Target, event: asyncio.Event) -> None:
+        await event.wait()
+
+    async def main() -> Chain:
+        target, event = Target(), asyncio.Event()
+        KEPT.append(event)
+        task = asyncio.ensure_future(wait(target, event))
+        await asyncio.sleep(0)
+        chain = found(target)
+        event.set()
+        await task
+        return chain
+
+    chain = run(main())
+    assert chain.kind == "live"
+    assert chain.links[0].type.endswith("Task")
+    assert "wait" in chain.links[1].type
+    assert chain.links[-2].holds == "local variable 'target'"
+
+
+def test_a_task_that_nothing_wakes() -> None:
+    """A pending task that nobody refers to is garbage like anything else."""
+
+    async def wait(target: Target) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def main() -> Chain:
+        target = Target()
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        task = asyncio.ensure_future(wait(target))
+        await asyncio.sleep(0)
+        del task
+        chain = found(target)
+        gc.collect()  # while there is a loop that asks who destroyed it
+        return chain
+
+    assert run(main()).kind == "delayed"
+
+
+def test_a_timer() -> None:
+    """What the event loop is to call later is held by it."""
+
+    async def main() -> Chain:
+        target = Target()
+        timer = asyncio.get_running_loop().call_later(3600, print, target)
+        chain = found(target)
+        timer.cancel()
+        return chain
+
+    chain = run(main())
+    assert chain.kind == "live"
+    assert chain.links[0].type.endswith("EventLoop")
+
+
+def test_a_finished_task() -> None:
+    """What a task still has of its result is seen, though get_referrers() misses it.
+
+    In C the type of a task asks its base class what that holds, and drops the answer.
+    """
+    target = Target()
+
+    async def give() -> List[Any]:
+        return [target]
+
+    async def main() -> None:
+        task = asyncio.ensure_future(give())
+        await task
+        KEPT.append(task)
+
+    run(main())
+    assert [link.type.rpartition(".")[2] for link in found(target).links] == [
+        f"module {__name__}".rpartition(".")[2],
+        "list",
+        "Task",
+        "list",
+        "Target",
+    ]
+
+
+def test_a_running_thread() -> None:
+    """A function that runs in another thread holds what its variables hold."""
+    holding, done = threading.Event(), threading.Event()
+
+    def work(given: List[Any]) -> None:
+        variable = given.pop()
+        holding.set()
+        done.wait()
+        assert variable
+
+    target = Target()
+    thread = threading.Thread(target=work, args=([target],))
+    thread.start()
+    holding.wait()
+    try:
+        chain = found(target)
+    finally:
+        done.set()
+        thread.join()
+    assert chain.kind == "live"
+    assert "work" in chain.links[0].type
+    assert chain.links[0].holds == "local variable 'variable'"
+
+
+@pytest.mark.skipif(not COUNTS_ARE_EXACT, reason="nothing tells of such a holder")
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal")
+def test_a_holder_that_the_collector_does_not_show() -> None:
+    """What C code holds is alive, and is not mistaken for a cycle."""
+    target = Target()
+    target.link = [target]
+    before = signal.signal(signal.SIGUSR1, functools.partial(print, target))
+    try:
+        chain = found(target)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert chain.kind == "live"
+    assert chain.links[0].type.startswith("something in C")
+    assert chain.links[1].type == "functools.partial"
+
+
+def test_applications_come_first() -> None:
+    """How an application is held is not told, only what it holds."""
+    key: Any = "kept" if AIOHTTP < (3, 9) else web.AppKey("kept", list)
+
+    async def keep(request: web.Request) -> web.Response:
+        request.app[key].append(request)
+        return web.Response()
+
+    async def main() -> Chain:
+        app = web.Application()
+        app[key] = []
+        app.router.add_get("/", keep)
+        async with serve(app) as service:
+            await service.ask()
+            await service.settle()
+            return found(app[key][0])
+
+    chain = run(main())
+    assert chain.kind == "permanent"
+    assert chain.links[0].type.endswith("Application")
+    assert chain.links[-1].type.endswith("Request")
+    assert "localhost" not in str(chain)
+
+
+def test_out_of_time() -> None:
+    """What was found so far is told, and that it was not enough."""
+    target = Target()
+    KEPT.append([target])
+    chain = found(target, budget=0.0)
+    assert chain.kind == "unknown"
+    assert chain.links[-1].type == f"{__name__}.Target"
+
+
+def test_frozen() -> None:
+    """gc.freeze() hides holders: no verdict is given without them."""
+    target = Target()
+    target.link = target
+    gc.freeze()
+    try:
+        fresh = Target()
+        fresh.link = [fresh]
+        assert found(fresh).kind == "unknown"
+    finally:
+        gc.unfreeze()
+    assert found(fresh).kind == "delayed"
+    target.link = None
+
+
+def test_it_leaves_nothing_behind() -> None:
+    """The search itself makes no cycles and keeps nothing."""
+    target = Target()
+    target.link = [target]
+    KEPT.append(target)
+    gc.collect()
+    for _ in range(3):
+        found(target)
+    assert gc.collect() == 0
+    KEPT.clear()
+    target.link = None
+    reference = weakref.ref(target)
+    del target
+    assert reference() is None
+
+
+def test_the_same_each_time() -> None:
+    """Two searches tell the same."""
+    target = Target()
+    KEPT.extend([target, {1: target}, [target]])
+    assert len({str(found(target)) for _ in range(5)}) == 1
+
+
+def test_several_at_once() -> None:
+    """Each target has a chain of its own, in their order, or none."""
+    kept, cyclic, free = Target(), Target(), Target()
+    KEPT.append(kept)
+    cyclic.link = cyclic
+    found_ = chains([free, kept, cyclic, kept])
+    assert [chain and chain.kind for chain in found_] == [
+        None,
+        "permanent",
+        "delayed",
+        "permanent",
+    ]
+    cyclic.link = None
+
+
+# What the catalogue's leaks come down to, where that is not the leak itself: the
+# shortest chain of a websocket's handler that raises is that of any that raises.
+HTTP = {"http-exception"}
+SAME: Dict[str, Set[str]] = {
+    "image-upload": HTTP,
+    "gather": HTTP,
+    "task-group": HTTP,
+    "generator": HTTP,
+    "none-response": {"close-cancel", "started", "kept-local"},
+    "websocket": {"websocket", "started", *HTTP},
+    "unseen": HTTP,
+    "kept-local": {"kept-local", *HTTP},
+}
+ON_MANY = {"close-cancel"}  # beside whatever else a request is held by
+NO_FLOOR = Floor(**{field.name: 0 for field in dataclasses.fields(Floor)})
+# One of each family, and those that are held in ways of their own.
+SHOWN = [
+    leak
+    for leak in CATALOGUE
+    if ("/" not in leak.id or leak.id in ("websocket/stored", "stash/answered"))
+    and leak.kind is not Kind.LIVE
+    and leak.is_on(AIOHTTP, sys.version_info)
+]
+
+
+@pytest.mark.parametrize("leak", SHOWN, ids=lambda leak: leak.id)
+def test_the_catalogue(leak: Leak, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each leak is of the kind that a collection shows, and its family is named."""
+    told: List[Any] = []
+    collect = probe._collect
+
+    def look_first() -> int:
+        gc.unfreeze()
+        requests = probe._requests()
+        told[:] = zip(map(weakref.ref, requests), chains(requests))
+        del requests
+        return collect()
+
+    monkeypatch.setattr(probe, "_collect", look_first)
+    before = {id(each) for each in probe._requests()}
+    count = run(measure(leak, NO_FLOOR, visits=2))
+    if not count.left:
+        pytest.skip("it leaves no request behind, only garbage")
+    new = [(ref, chain) for ref, chain in told if id(ref()) not in before]
+    assert new
+    families = SAME.get(leak.id.partition("/")[0], {leak.id.partition("/")[0]})
+    for reference, chain in new:
+        assert chain is not None
+        assert chain.kind == ("delayed" if reference() is None else "permanent")
+        assert chain.leak in families | ON_MANY
+        assert chain.advice
+    gone: Any = [chain for reference, chain in new if reference() is None]
+    assert bool(gone) is (leak.kind is Kind.DELAYED)

@@ -1,0 +1,608 @@
+"""The command line's ``check``: an application of one's own, bare and guarded."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import sys
+import urllib.request
+from typing import List
+
+import pytest
+from aiohttp import web
+
+from aiohttp_cyclebreak import check, cli
+from aiohttp_cyclebreak.check import CheckFailed, Plan, Request, UsageError
+from aiohttp_cyclebreak.check_process import NotThere, find, parse_target
+
+from .test_cli import MODULE, POSIX, Terminal
+from .test_cli import run as run_command
+
+pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use web.AppKey")
+
+LINUX = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="elsewhere memory is a peak"
+)
+
+APPLICATION = """
+import asyncio, gc, os, sys, time
+
+from aiohttp import web
+
+from aiohttp_cyclebreak import cyclebreak
+
+held = []
+
+
+class Held:
+    pass
+
+
+async def upload(request):
+    await request.read()
+    raise web.HTTPBadRequest(text="no image")
+
+
+async def move(request):
+    raise web.HTTPFound("http://192.0.2.1/elsewhere")
+
+
+async def hold(request):
+    held.append(request)
+    return web.Response()
+
+
+async def cycle(request):
+    one = Held()
+    one.itself = one
+    return web.Response()
+
+
+async def collect(request):
+    gc.collect()
+    return web.Response()
+
+
+async def stream(request):
+    response = web.StreamResponse()
+    await response.prepare(request)
+    while True:
+        await response.write(b"secret")
+        await asyncio.sleep(0.01)
+
+
+async def die(request):
+    print("secret" * 10_000 + 100 * "\\n" + "about to die", flush=True)
+    os._exit(3)
+
+
+async def told(request):
+    return web.Response(text=request.app["told"])
+
+
+def create_app(*args, **named):
+    app = web.Application(client_max_size=2**20)
+    app["told"] = f"{args} {named}"
+    app.router.add_post("/upload", upload)
+    for handler in (move, hold, cycle, collect, stream, die, told):
+        app.router.add_get(f"/{handler.__name__}", handler)
+    return app
+
+
+async def create_later(name="nobody"):
+    await asyncio.sleep(0)
+    return create_app(name)
+
+
+def create_runner():
+    return web.AppRunner(create_app("runner"))
+
+
+def main(argv):
+    return create_app(argv)
+
+
+def create_guarded():
+    app = create_app()
+    app.middlewares.append(cyclebreak())
+    return app
+
+
+class Factories:
+    app = create_app("in a class")
+
+
+app = create_app("app")
+number = 7
+
+
+def fails():
+    raise LookupError("there is no database")
+
+
+async def fails_later():
+    await asyncio.sleep(0)
+    raise LookupError("there is no database")
+
+
+async def fail_to_start(app):
+    raise LookupError("there is no database")
+
+
+def fails_at_start():
+    app = create_app()
+    app.on_startup.append(fail_to_start)
+    return app
+
+
+def leaves():
+    print("usage: one argument more")
+    sys.exit("wrong usage")
+
+
+def hangs():
+    time.sleep(3600)
+
+
+def gives_nothing():
+    pass
+"""
+
+SCRIPT = f"""{APPLICATION}
+web.run_app(create_later("script"))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> str:
+    """A folder with applications in it."""
+    (tmp_path / "leaky.py").write_text(APPLICATION)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "needy.py").write_text("import leaky, there_is_no_such_library")
+    (tmp_path / "broken.py").write_text("def create_app(:")
+    (tmp_path / "body").write_bytes(bytes(100_000))
+    return str(tmp_path)
+
+
+REQUESTS = """
+### refused
+POST /upload
+X-Token: secret
+
+secret body
+
+### the client vanishes
+# @abort-after 50000
+POST /upload
+Content-Type: image/png
+
+< ./body
+
+### led elsewhere
+GET /move?token=secret
+###
+
+// there is no such page
+/missing
+"""
+
+
+def test_a_leak_is_counted_and_stopped(folder: str) -> None:
+    """Several requests of a file, by several clients: all left bare, none guarded."""
+    path = pathlib.Path(folder, "requests.http")
+    path.write_text(REQUESTS)
+    picture = pathlib.Path(folder, "growth.svg")
+    args = [f"--chdir={folder}", f"--from-file={path}", "--header=X-Other: secret"]
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        args.append(f"--plot={picture}")
+    code, out, err = run_command(
+        "check",
+        "leaky:create_app('secret')",
+        "--requests=15",
+        "--concurrency=3",
+        "--json",
+        *args,
+    )
+    assert (code, err) == (0, "")
+    assert "secret" not in out
+    report = json.loads(out)
+    assert report["summary"]["clean"] is True
+    assert report["application"] == "leaky:create_app"
+    assert report["guard"] == "setup(app) and guard_server(runner)"
+    assert report["requests"] == [
+        {"request": "POST /upload", "body": 11, "abort_after": None},
+        {"request": "POST /upload", "body": 100_000, "abort_after": 50_000},
+        {"request": "GET /move", "body": 0, "abort_after": None},
+        {"request": "GET /missing", "body": 0, "abort_after": None},
+    ]
+    bare, guarded = report["bare"], report["guarded"]
+    for run in (bare, guarded):
+        assert (run["sent"], run["served"], run["tasks"]) == (60, 60, 0)
+        statuses = ["400", "aborted", "302", "404"]
+        assert run["answers"] == [{status: 15} for status in statuses]
+        assert (run["held"], run["cpu"] > 0) == (0, True)
+    assert bare["left"] > 0
+    assert bare["garbage"]["traceback"] > 0
+    assert all(chain["kind"] == "delayed" for chain in bare["chains"])
+    assert bare["chains"]
+    assert (guarded["left"], guarded["garbage"], guarded["chains"]) == (0, {}, [])
+    if "--plot" in str(args):
+        drawn = picture.read_text()
+        assert "secret" not in drawn
+        for text in ("bare: ", "guarded: 0 of 60", "seconds", "MiB"):
+            assert text in drawn
+
+
+@LINUX
+def test_memory_grows_by_the_bodies(folder: str) -> None:
+    """By what each request carries, bare; by next to nothing, guarded."""
+    body = bytes(200_000)
+    request = Request("POST", "/upload", body=body)
+    plan = Plan("leaky:create_app", (request,), chdir=folder, repetitions=60)
+    report = check.run(plan)
+    # All of them: the collector is off.
+    assert (report.bare.left, report.guarded.left) == (60, 0)
+    assert report.bare.growth is not None
+    assert report.guarded.growth is not None
+    assert report.bare.growth > len(body) / 2
+    assert report.guarded.growth < len(body) / 4
+    sent = [each[1] for each in report.bare.memory]
+    assert (sent[0], sent[-1], sent == sorted(sent)) == (0, 60, True)
+
+
+def test_what_holds_a_request_is_shown(folder: str) -> None:
+    """Exit 1, with the table, and the name of the list that holds them."""
+    code, out, err = run_command(
+        "check",
+        "leaky:app",
+        f"--chdir={folder}",
+        "--request=/hold?token=secret",
+        "--request=GET /missing",
+        "--header=Authorization: secret",
+        "--requests=12",
+        "--keep-alive",
+    )
+    assert (code, err) == (1, "")
+    assert "secret" not in out
+    rows = {line[:20].strip(): line.split() for line in out.splitlines()}
+    assert rows["requests left"][-2:] == ["12", "LEFT"]
+    # What is held keeps the last request of its connection, where nothing is severed.
+    assert rows["after a collection"][-1] == "12"
+    assert "  GET /hold?...: 200\n  GET /missing: 404\n" in out
+    assert "guarded, held for good:" in out
+    assert "global 'held'" in out
+    assert "of 24 guarded, 12 are held by a live reference" in out.splitlines()[-1]
+
+
+def test_the_guard_of_the_application_itself(folder: str) -> None:
+    """It is off in the bare run, and the only one in the guarded run."""
+    upload = Request("POST", "/upload", body=b"x")
+    own = Plan("leaky:create_guarded", (upload,), (), folder, 10, own_guard=True)
+    report = check.run(own)
+    assert (report.bare.left > 0, report.guarded.left) == (True, 0)
+    assert report.is_clean
+
+    none = dataclasses.replace(own, target="leaky:create_app")
+    report = check.run(none)
+    assert report.guarded.left > 0
+    assert not report.is_clean
+    assert {chain["kind"] for chain in report.guarded.chains} == {"delayed"}
+    assert report.sentence.endswith("10 wait for the garbage collector.")
+
+
+def test_other_garbage_counts_if_asked_for(folder: str) -> None:
+    """An application's own cycles are told by type; they are no requests."""
+    plan = Plan(
+        "leaky:create_app",
+        (Request("GET", "/cycle"),),
+        chdir=folder,
+        repetitions=10,
+        garbage=True,
+    )
+    report = check.run(plan)
+    assert report.guarded.left == 0
+    assert report.guarded.garbage["leaky.Held"] == 10
+    assert "leaky.Held" in report.guarded.chains[0]["text"]
+    assert not report.is_clean
+    plan = dataclasses.replace(plan, garbage=False)
+    assert dataclasses.replace(report, plan=plan).is_clean
+
+
+def test_full_collections_are_counted(folder: str) -> None:
+    """In the second run, which has the collector on."""
+    plan = Plan("leaky:app", (Request("GET", "/collect"),), (), folder, 10)
+    report = check.run(plan)
+    for run in (report.bare, report.guarded):
+        assert run.full_collections >= 10
+        assert run.collector_seconds > 0
+
+
+@pytest.fixture
+def importable(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The applications can be imported here."""
+    monkeypatch.syspath_prepend(folder)
+    for name in ("leaky", "script"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.usefixtures("importable")
+@pytest.mark.parametrize(
+    ("target", "words", "told"),
+    [
+        ("leaky:app", [], "('app',) {}"),
+        ("leaky:Factories.app", [], "('in a class',) {}"),
+        ("leaky:create_app", [], "() {}"),
+        ("leaky:create_app(1, debug=True)", [], "(1,) {'debug': True}"),
+        ("leaky:create_app( [None], x={'y': -1} )", [], "([None],) {'x': {'y': -1}}"),
+        ("leaky:create_app", ["-x", "y"], "(['-x', 'y'],) {}"),
+        ("leaky:main", [], "([],) {}"),
+        ("leaky:main", ["-x", "y"], "(['-x', 'y'],) {}"),
+        ("script:create_app('imported')", [], "('imported',) {}"),
+    ],
+)
+def test_an_application_is_found(target: str, words: List[str], told: str) -> None:
+    """As it is, or made with its arguments; a script's own server is not started."""
+    run_app = web.run_app
+    app = find(parse_target(target), words, lambda trying: None)
+    assert app["told"] == told
+    assert web.run_app is run_app
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("leaky:create_later('me')", "('me',) {}"),
+        ("leaky:create_runner", "('runner',) {}"),
+    ],
+)
+def test_an_application_is_served(target: str, told: str, folder: str) -> None:
+    """Also that of a coroutine function, and that of a runner."""
+    with check._started(Plan(target, chdir=folder), False) as (_, answer):
+        url = f"http://127.0.0.1:{answer['port']}/told"
+        with urllib.request.urlopen(url) as response:
+            assert response.read().decode() == told
+
+
+@pytest.mark.usefixtures("importable")
+@pytest.mark.parametrize(
+    ("target", "words", "told"),
+    [
+        ("leaky:nothing", [], "leaky has no 'nothing'"),
+        ("leaky.app:app", [], "no module 'leaky.app'"),
+        ("leaky:number", [], "neither an .* nor a function .*, but int"),
+        ("leaky:app", ["x"], "is no factory, and takes no .'x'."),
+    ],
+)
+def test_there_is_no_such_application(target: str, words: List[str], told: str) -> None:
+    with pytest.raises(NotThere, match=told):
+        find(parse_target(target), words, lambda trying: None)
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("nowhere:app", ["no module 'nowhere'", "--chdir"]),
+        ("leaky:gives_nothing", ["makes no", "NoneType"]),
+    ],
+)
+def test_the_wrong_application_is_named(
+    target: str, told: List[str], folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 2, and the message says what is there."""
+    assert cli.main(["check", target, "--chdir", folder]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(each in err for each in told)
+    assert "Traceback" not in err
+
+
+LOST = "LookupError: there is no database"
+
+
+@pytest.mark.parametrize(
+    ("target", "told", "tried"),
+    [
+        ("needy:app", ["'there_is_no_such_library'", "needy.py"], "import needy"),
+        ("broken:app", ["broken.py", "SyntaxError"], "import broken"),
+        ("leaky:fails_later", [LOST, "in fails_later"], "await leaky:fails_later()"),
+        ("leaky:fails_at_start", [LOST, "in fail_to_start"], "on_startup"),
+        ("leaky:leaves", ["wrong usage", "usage: one argument more"], "leaky:leaves()"),
+        ("leaky:hangs", ["in hangs", "did not start in 1 s"], "call leaky:hangs()"),
+    ],
+)
+def test_an_application_does_not_start(
+    target: str,
+    told: List[str],
+    tried: str,
+    folder: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Exit 1; its own error is shown as it is, without our frames; what was tried."""
+    timeout = "1" if target == "leaky:hangs" else "60"
+    assert cli.main(["check", target, "--chdir", folder, "--timeout", timeout]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(each in err for each in told), err
+    (line,) = (line for line in err.splitlines() if line.startswith("tried: "))
+    assert tried in line
+    assert line.endswith("(bare)")
+    if target != "leaky:hangs":
+        assert "check_process.py" not in err
+
+
+def test_an_application_dies(folder: str) -> None:
+    """What it has printed is shown, and the code that it ended with."""
+    plan = Plan("leaky:app", (Request("GET", "/die"),), chdir=folder, concurrency=3)
+    with pytest.raises(CheckFailed, match="ended with code 3") as caught:
+        check.run(plan)
+    assert caught.value.output == "about to die"
+    assert caught.value.tried.startswith("send requests")
+
+
+def test_an_answer_has_no_end(folder: str) -> None:
+    """It is given up, and the request is named."""
+    plan = Plan(
+        "leaky:app", (Request("GET", "/stream?x=secret"),), chdir=folder, timeout=0.5
+    )
+    # The application has more time to start.
+    with check._started(dataclasses.replace(plan, timeout=60), False) as started:
+        process, answer = started
+        with pytest.raises(CheckFailed, match=r"no whole answer in 0\.5 s") as caught:
+            check._run(plan, process, answer["port"], lambda sent: None)
+    assert caught.value.tried == "GET /stream?... (bare)"
+    assert "secret" not in f"{caught.value} {caught.value.output}"
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ([], ["MODULE:ATTRIBUTE"]),
+        (["myapp"], ["'myapp' is not MODULE:ATTRIBUTE", "myapp:create_app"]),
+        (["my-app:app"], ["'my-app:app' is not MODULE:ATTRIBUTE"]),
+        (["m:app("], ["neither a name nor a call"]),
+        (["m:create(open('x'))"], ["with literals"]),
+        (["m:create(**{})"], ["with literals"]),
+        (["m:app[0]"], ["neither a name nor a call"]),
+        (["m:a", "--request=GET http://localhost/"], ["names a host", "127.0.0.1"]),
+        (["m:a", "--request=GET //example.com/x"], ["names a host"]),
+        (["m:a", "--request=GET example.com/x"], ["does not begin with a /"]),
+        (["m:a", "--request=CONNECT example.com:443"], ["does not begin with a /"]),
+        (["m:a", "--request=GET /b\xe9"], ["%XX"]),
+        (["m:a", "--request=GET / x"], ['"METHOD PATH"']),
+        (["m:a", "--request="], ['"METHOD PATH"']),
+        (["m:a", "--request=GET /", "--header=secret"], ["header 1 is not"]),
+        (["m:a", "--header=X: secret\r\nY: z"], ["header 1 is not"]),
+        (["m:a", "--header=X: \u20ac"], ["Latin-1"]),
+        (["m:a", "--data=secret"], ["--data is for --request"]),
+        (["m:a", "--abort-after=3"], ["--abort-after is for --request"]),
+        (["m:a", "--request=POST /", "--data=@there/is/none"], ["there/is/none"]),
+        (
+            ["m:a", "--request=POST /", "--data=secret", "--abort-after=6"],
+            ["after 6 bytes of a body of 6"],
+        ),
+        (["m:a", "--requests=0"], ["whole number from 1 up"]),
+        (["m:a", "--abort-after=-1"], ["whole number from 0 up"]),
+        (["m:a", "--from-file=there/is/none"], ["there/is/none"]),
+        (["m:a", "--chdir=there/is/none"], ["no such folder"]),
+        (["m:a", "--plot=there/is/none.svg"], ["no such folder"]),
+        (["m:a", "--plot=growth.bmp"], [".svg"]),
+    ],
+)
+def test_wrong_usage(
+    args: List[str], told: List[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 2 before anything is started; no header, query or body is shown."""
+    try:
+        code = cli.main(["check", *args])
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert all(each in err for each in told), err
+    assert "secret" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "has no request in it"),
+        ("# only a comment\n\n###\n", "has no request in it"),
+        ("GET {{host}}/x", "line 1: variables are not supported"),
+        ("\n@host = localhost\nGET /", "line 2: variables are not supported"),
+        ("GET /\n###\n\nGET http://example.com/\n", "line 4: .* names a host"),
+        ("POST /\nno header\n", "line 1: header 1 is not"),
+        ("POST /\n\n< missing", "line 1: the body cannot be read"),
+    ],
+)
+def test_a_file_of_requests_is_wrong(
+    text: str, told: str, tmp_path: pathlib.Path
+) -> None:
+    """The message names the file and the line."""
+    path = tmp_path / "requests.http"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=told) as caught:
+        check.read_requests(str(path))
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_file_of_requests(tmp_path: pathlib.Path) -> None:
+    """As the clients of editors write it."""
+    (tmp_path / "body").write_bytes(b"\0\r\n")
+    path = tmp_path / "requests.http"
+    path.write_text(
+        "GET /a?b=c HTTP/1.1\nAccept: */*\nX-Empty:\n\n\n"
+        "### a name\n// why\nPUT /b\n\none\n\ntwo\n\n"
+        "###\n# @abort-after 1\nPOST /c\n\n< body\n"
+    )
+    assert check.read_requests(str(path)) == [
+        Request("GET", "/a?b=c", (("Accept", "*/*"), ("X-Empty", ""))),
+        Request("PUT", "/b", (), b"one\n\ntwo"),
+        Request("POST", "/c", (), b"\0\r\n", 1),
+    ]
+
+
+def test_a_request_shows_no_secret() -> None:
+    """Neither as text nor in a traceback."""
+    request = check.make_request("GET /a?token=secret", ["X: secret"], b"secret")
+    assert str(request) == "GET /a?..."
+    assert "secret" not in repr(dataclasses.replace(request, path="/a"))
+
+
+def test_the_guard_is_switched_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is nothing to compare, which is said."""
+    monkeypatch.setenv("AIOHTTP_CYCLEBREAK", "off")
+    assert cli.main(["check", "m:app"]) == 2
+    assert "unset" in capsys.readouterr().err
+
+
+def test_there_is_no_matplotlib(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The extra that brings it is named, before anything is run."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main(["check", "m:app", "--plot", "growth.svg"]) == 2
+    assert "aiohttp-cyclebreak[plot]" in capsys.readouterr().err
+
+
+@POSIX
+def test_in_a_terminal(folder: str) -> None:
+    """There is a progress bar, and colours where there is rich."""
+    args = ["check", "leaky:app", "--chdir", folder, "--requests", "2"]
+    terminal = Terminal(MODULE, *args)
+    assert terminal.end() == 0
+    bar, _, table = terminal.text.partition("GET /: 404")
+    assert "[....................]   0% bare" in bar
+    assert "guarded" in bar
+    assert "requests left" in table
+    has_rich = importlib.util.find_spec("rich") is not None
+    assert ("\x1b[" in table) is has_rich
+
+
+@POSIX
+def test_is_interrupted(folder: str) -> None:
+    """Ctrl-C is exit 130, and the application's process is ended."""
+    args = ["check", "leaky:app", "--chdir", folder, "--requests", "2000"]
+    terminal = Terminal(MODULE, *args)
+    terminal.read("  1% bare")
+    children = pathlib.Path(f"/proc/{terminal.process.pid}/task")
+    pids = [
+        int(pid)
+        for task in (children.iterdir() if children.exists() else ())
+        for pid in (task / "children").read_text().split()
+    ]
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == 130
+    assert "interrupted" in terminal.text
+    assert "Traceback" not in terminal.text
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
