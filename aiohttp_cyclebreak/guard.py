@@ -38,6 +38,7 @@ from .sever import (
     graph,
     in_flight,
     leads_on,
+    local_values,
     owns_its_traceback,
     running_frames,
     sever,
@@ -59,6 +60,10 @@ logger = logging.getLogger("aiohttp_cyclebreak")
 
 
 _complaints: Set[str] = set()
+
+# What ends the process, out of a callback too; all else that one raises is logged.
+# CancelledError, for one, comes out of exception() of a task that was cancelled.
+_ENDS = (KeyboardInterrupt, SystemExit)
 
 
 def _complain(about: str) -> None:
@@ -86,6 +91,18 @@ _FOLLOWED = "_cyclebreak"
 _MOST = 100
 
 
+def _forget_holder(key: int, holder: "ref[_Holder]") -> None:
+    """Forget who had an exception in hand, and is gone since its loop was closed."""
+    others = [each for each in _in_hand.pop(key, ()) if each is not holder]
+    if others:
+        _in_hand[key] = others
+
+
+def _name(function: Any) -> str:
+    """Say which function it is, without asking it: its repr may fail, or tell."""
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
 class _Holder:
     """Who has exceptions in hand, and is to be done with them."""
 
@@ -102,7 +119,8 @@ class _Holder:
         self.exceptions.append(root)
         for exc in graph(root):
             self.in_hand.append(id(exc))
-            _in_hand.setdefault(id(exc), []).append(ref(self))
+            forget = partial(_forget_holder, id(exc))
+            _in_hand.setdefault(id(exc), []).append(ref(self, forget))
 
     def _let_go(self) -> None:
         for key in self.in_hand:
@@ -188,14 +206,17 @@ class _Request(_Holder):
         for options in self.options:
             if options.keep is not None or options.on_break is not None:
                 return False
+        frame = None if self.connection is None else self.connection.frame
         missing = internals.missing_route(self.request)
         response: Any = internals.response_of(task)
         for exc in self.exceptions:
             references = sys.getrefcount(exc)
             # The list, the variable, the argument; for the response, its variable and
-            # the task's result too, its frame and perhaps that of the connection.
-            known = (3,) if exc is not response else (6, 7)
-            if references not in known or exc is missing or leads_on(exc):
+            # the task's result too, its frame, and perhaps that of the connection.
+            known = 3
+            if exc is response:
+                known = 6 + internals.connection_holds(self.request, frame, exc)
+            if references != known or exc is missing or leads_on(exc):
                 return False
             if not owns_its_traceback(exc):
                 return False
@@ -231,8 +252,10 @@ class _Request(_Holder):
             try:
                 if options.keep(cast(web.Request, self.request), exc):
                     return True
-            except Exception:
-                _complain(f"keep={options.keep!r}")
+            except _ENDS:
+                raise
+            except BaseException:
+                _complain(f"keep={_name(options.keep)}")
                 return True  # a leak is better than a traceback lost
         return False
 
@@ -240,8 +263,7 @@ class _Request(_Holder):
         listeners = [each.on_break for each in self.options if each.on_break]
         if not listeners:
             return
-        route = getattr(getattr(self.request, "match_info", None), "route", None)
-        resource = getattr(route, "resource", None)
+        resource = getattr(internals.route_of(self.request), "resource", None)
         event = BreakEvent(
             method=self.request.method,
             route=getattr(resource, "canonical", None),
@@ -253,8 +275,10 @@ class _Request(_Holder):
         for on_break in listeners:
             try:
                 on_break(event)
-            except Exception:
-                _complain(f"on_break={on_break!r}")
+            except _ENDS:
+                raise
+            except BaseException:
+                _complain(f"on_break={_name(on_break)}")
 
     def _release(self, task: "asyncio.Future[Any]") -> None:
         request = self.request
@@ -421,7 +445,7 @@ def begin(request: web.BaseRequest, options: Options) -> None:
         serving = _serving.get()
         if serving is None or serving.request() is not request:
             _serving.set(_Serving(request, options))
-        elif options not in serving.options:
+        elif not any(each is options for each in serving.options):
             serving.options.append(options)
     except Exception:
         _complain("following a request's calls")
@@ -505,7 +529,7 @@ def _take_part(followed: _Request, serving: _Serving) -> None:
     if serving not in followed.calls:
         followed.calls.append(serving)
     for options in serving.options:
-        if options not in followed.options:
+        if not any(each is options for each in followed.options):
             followed.options.append(options)
 
 
@@ -546,7 +570,7 @@ def _follow(request: web.BaseRequest, options: Optional[Options]) -> Optional[_R
         connection = _connection_of(request)
         followed = request.__dict__[_FOLLOWED] = _Request(request, connection)
         task.add_done_callback(followed.done)
-    if options is not None and options not in followed.options:
+    if options is not None and not any(each is options for each in followed.options):
         followed.options.append(options)
     if _calls_are_followed:
         serving = _calls_of(request)
@@ -628,7 +652,7 @@ def _websocket_errors(
     found: Dict[int, BaseException] = {}
     for exc in exceptions:
         for frame in frames_of(exc):
-            for value in frame.f_locals.values():
+            for value in local_values(frame):
                 if internals.is_websocket_of(request, value):
                     internals.release_websocket(request, value)
                     error = value.exception()

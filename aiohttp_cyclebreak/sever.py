@@ -13,7 +13,17 @@ import inspect
 import sys
 from dataclasses import dataclass
 from types import FrameType, FunctionType, TracebackType
-from typing import Any, Container, Dict, Iterable, Iterator, List, Optional, Set, Tuple
+from typing import (
+    Any,
+    Container,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Set,
+    Tuple,
+)
 
 __all__ = (
     "COUNTS_ARE_EXACT",
@@ -37,9 +47,6 @@ _TRACEBACK: Any = BaseException.__dict__["__traceback__"]
 _CAUSE: Any = BaseException.__dict__["__cause__"]
 _CONTEXT: Any = BaseException.__dict__["__context__"]
 _SUPPRESS_CONTEXT: Any = BaseException.__dict__["__suppress_context__"]
-
-_DICT: Any = BaseException.__dict__["__dict__"]
-_SEVERED = "_cyclebreak_severed"  # among an exception's attributes
 
 # From CPython 3.14 on, and without a global interpreter lock, sys.getrefcount() does
 # not count every reference.
@@ -78,7 +85,9 @@ if sys.version_info >= (3, 11):
         # A frame object owns its code and locals only once execution is over;
         # until then the thread's stack or the generator does, and frame_traverse()
         # in CPython's Objects/frameobject.c shows the collector neither.
-        return frame.f_code in gc.get_referents(frame)
+        code = frame.f_code
+        # By identity: a namespace of the frame's may refuse to be compared.
+        return any(each is code for each in gc.get_referents(frame))
 
 else:
     _YIELD_VALUE = dis.opmap["YIELD_VALUE"]
@@ -104,6 +113,13 @@ else:
             and code.co_code[last] != _YIELD_VALUE
             and code.co_code[last + 2 : last + 3] != bytes((_YIELD_FROM,))
         )
+
+
+def local_values(frame: FrameType) -> List[Any]:
+    """The values of a function's locals; a namespace of another's is not asked."""
+    if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        return []
+    return list(frame.f_locals.values())
 
 
 def is_exception(value: Any) -> bool:
@@ -246,10 +262,15 @@ def _open_loops(exceptions: List[BaseException]) -> None:
                     _unlink(exc, link)
                     continue
                 # A group's members cannot be taken out: cut on the way to it.
-                for step in range(len(path) - 1, position[id(target)], -1):
-                    if path[step][1] is not None:
-                        _unlink(path[step - 1][0], path[step][1])
-                        break
+                step = len(path) - 1
+                while path[step][1] is None:
+                    step -= 1
+                _unlink(path[step - 1][0], path[step][1])
+                # What is below leads back still, by whatever way it is come to.
+                for below, _, _ in path[step:]:
+                    del position[id(below)]
+                del path[step:]
+                break
             else:
                 path.pop()
                 del position[id(exc)]
@@ -270,16 +291,20 @@ def empty(frame: FrameType) -> bool:
     """
     if not is_finished(frame):
         return False
+    times: Any = frame.f_trace
     try:
         frame.clear()
     except RuntimeError:  # it executes, in this thread or in another
         return False
+    if type(times) is _Times:  # which clear() forgets
+        frame.f_trace = times  # type: ignore[assignment]
     if sys.version_info < (3, 13):
         # Who looked at f_locals (Sentry does) left a dict of them in the frame,
         # which clear() forgets: asking for it again brings it up to date.
-        frame.f_locals  # noqa: B018
+        with contextlib.suppress(Exception):  # a namespace that is no plain dict
+            frame.f_locals  # noqa: B018
     # Jinja makes a frame for each line of a template; its globals hold the exception.
-    frame.f_globals.pop("__jinja_exception__", None)
+    dict.pop(frame.f_globals, "__jinja_exception__", None)
     return True
 
 
@@ -418,33 +443,60 @@ def sever(
             tracebacks += not clear_frames or (
                 id(frame) in visited and id(frame) not in left_alone
             )
-        if clear_frames:
-            _forget_older_times(exc)
-        else:
+        if not clear_frames:
             detach(exc)
-    _empty_functions(frame for key, frame in visited.items() if key not in left_alone)
+    emptied = {key: each for key, each in visited.items() if key not in left_alone}
+    if clear_frames:
+        for exc in exceptions:
+            _forget_older_times(exc, emptied)
+    _empty_functions(emptied.values())
     _open_loops(exceptions)
     return Cut(len(exceptions), tracebacks, cleared)
 
 
-def _forget_older_times(exc: BaseException) -> None:
+class _Times(frozenset):  # type: ignore[type-arg]
+    """In a frame, the ids of the exceptions that were severed with it.
+
+    A frame that is over is never traced again and has no other use for ``f_trace``,
+    and what stands there goes with it.  In the exception itself it would be seen.
+    """
+
+    __slots__ = ()
+
+
+def _forget_older_times(exc: BaseException, emptied: Container[int]) -> None:
     """Cut off the part of a traceback that was there when it was severed before.
 
     One instance that is raised again and again puts the entries of each time before
     those of the last, and would gather them for good.
+
+    Args:
+        exc: the exception.
+        emptied: the ids of the frames that are empty: what runs on is in the entries
+            of all times.
     """
-    attributes = _DICT.__get__(exc)
-    head = _TRACEBACK.__get__(exc)
-    before = attributes.get(_SEVERED)
-    entries = []
-    while head is not None:
-        entries.append(head)
-        head = head.tb_next
-    for number, entry in enumerate(entries[1:], 1):
-        if before == (id(entry), len(entries) - number):
-            entries[number - 1].tb_next = None
-            del entries[number:]
-            break
-    if entries:
-        # Numbers, not the entry: exceptions are pickled with their attributes.
-        attributes[_SEVERED] = (id(entries[0]), len(entries))
+    entries: List[TracebackType] = []
+    newer = 0  # how many entries there are up to the last one of this time
+    new: Set[int] = set()  # it may go through a frame twice, caught and raised again
+    entry = _TRACEBACK.__get__(exc)
+    while entry is not None:
+        frame = entry.tb_frame
+        if id(frame) in emptied:
+            times: Any = frame.f_trace
+            if type(times) is not _Times:
+                times = _Times()
+            if id(frame) in new or id(exc) not in times:
+                newer = len(entries) + 1
+                new.add(id(frame))
+                frame.f_trace = _Times((*times, id(exc)))
+            elif newer:
+                head = None
+                # Copied: another exception may share the entries.
+                for each in reversed(entries[:newer]):
+                    head = TracebackType(
+                        head, each.tb_frame, each.tb_lasti, each.tb_lineno
+                    )
+                _TRACEBACK.__set__(exc, head)
+                break
+        entries.append(entry)
+        entry = entry.tb_next

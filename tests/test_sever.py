@@ -489,3 +489,31 @@ def test_the_callers_behind_a_traceback_are_emptied_too() -> None:
         assert watched() is None
     finally:
         gc.enable()
+
+
+def test_exceptions_that_went_through_one_frame_are_whole_one_by_one() -> None:
+    """That a frame was emptied for one does not make it an older time of the other."""
+    found: List[BaseException] = []
+
+    def fail() -> None:
+        raise ValueError("inner")
+
+    def swallow_and_raise() -> None:
+        try:
+            fail()
+        except ValueError as exc:
+            found.append(exc)
+        raise LookupError("outer")
+
+    try:
+        swallow_and_raise()
+    except LookupError as exc:
+        found.append(exc)
+    texts = [
+        [entry.name for entry in traceback.extract_tb(e.__traceback__)] for e in found
+    ]
+    for exc in found:
+        sever([exc])
+    assert texts == [
+        [entry.name for entry in traceback.extract_tb(e.__traceback__)] for e in found
+    ]
