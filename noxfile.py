@@ -80,6 +80,23 @@ def company(session, aiohttp):
     session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *tests)
 
 
+@nox.session(python="3.11")
+def soak(session):
+    """Serve for minutes, and look for what grows; try many exception graphs."""
+    session.install("-e", ".[test]", requirement(SUSPECT))
+    session.run("python", "-m", "tests.soak", *session.posargs)
+    session.run(
+        "python",
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_properties.py",
+        "tests/test_interleavings.py",
+        env={"CYCLEBREAK_HYPOTHESIS": "soak"},
+    )
+
+
 @nox.session(tags=["main"])
 def lint(session):
     """Check the format, the usual mistakes and the spelling."""
