@@ -55,13 +55,17 @@ def requirement(aiohttp):
 @nox.session
 @nox.parametrize(("python", "aiohttp", "extensions"), tuple(entries()))
 def tests(session, aiohttp, extensions):
-    """Run the tests, on asyncio's own event loop and on uvloop."""
+    """Run the tests; all of them on the main entries, on asyncio and on uvloop.
+
+    Elsewhere the command line is left out, and uvloop.
+    """
     session.install("-e", ".[test]", requirement(aiohttp))
     env = {} if extensions else {"AIOHTTP_NO_EXTENSIONS": "1"}
+    which = session.posargs
+    if not which and not (extensions and (session.python, aiohttp) in MAIN):
+        which = ["-m", "not processes", "-k", "not uvloop"]
     session.run("python", "-c", "import aiohttp; print('aiohttp', aiohttp.__version__)")
-    session.run(
-        "python", "-m", "pytest", "-p", "no:cacheprovider", *session.posargs, env=env
-    )
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *which, env=env)
 
 
 # Beside the real tools that people use.
