@@ -20,7 +20,10 @@ from aiohttp_cyclebreak.check_process import NotThere, find, parse_target
 from .test_cli import MODULE, POSIX, Terminal
 from .test_cli import run as run_command
 
-pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use web.AppKey")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.filterwarnings("ignore:It is recommended to use web.AppKey"),
+]
 
 LINUX = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="elsewhere memory is a peak"

@@ -17,6 +17,8 @@ from aiohttp_cyclebreak import __version__, cli
 from aiohttp_cyclebreak.leaks import CATALOGUE
 from aiohttp_cyclebreak.probe import measure
 
+pytestmark = pytest.mark.processes
+
 MODULE = ("-m", "aiohttp_cyclebreak")
 WITHOUT_RICH = (
     "-c",
