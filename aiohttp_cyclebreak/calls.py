@@ -59,3 +59,11 @@ class Calls:
             ):
                 errors.append(error)
         return errors
+
+    def unread(self) -> bool:
+        """Whether a response is there whose body has not all come yet."""
+        for found in list(self._made_with.values()):
+            content = getattr(found(), "content", None)
+            if content is not None and not content.is_eof():
+                return True
+        return False

@@ -30,19 +30,18 @@ def client_cyclebreak() -> aiohttp.TraceConfig:
 
     - made by a guarded request, or by a child task of one: when that request's own
       task is done, by its options (``keep``, ``on_break``, ``clear_frames``,
-      :func:`keep_cycles`).  Of a request that makes more than 100 failing calls,
-      such as an endless stream, the oldest are severed earlier;
-    - outside any guarded request, in a background worker: when the task that called
-      is done, or when its next call has ended, whichever comes first; what breaks off
-      in the middle of a body within the next 32 calls.  An exception
-      that is being handled (in an ``except`` block of that task) is left for later;
-      with CPython 3.8 only the innermost one is.
+      :func:`keep_cycles`).  Of a request that goes on for ever, all but the last 50 are
+      severed after 100 failed calls;
+    - outside any guarded request, in a background worker: when the task that called is
+      done, or when its next call has ended and it waits for something; what breaks off
+      in the middle of a body within its next 32 calls.
 
-    So a worker's log lines have every line of the traceback, however late; what is
-    gone, after its next call, are the locals of functions that have ended.
+    What one of these tasks has in hand, in an ``except`` block or in a variable, is left
+    for later.  So a worker's log lines have every line of the traceback, however late;
+    what is gone are the locals of functions that have ended.
 
-    Nothing is held alive for longer than the request or the task.  Responses and
-    connections are followed by weak references.  A session that opens a websocket
+    No exception is held for longer than the request or the task, but weakly.  Responses
+    and connections are followed by weak references.  A session that opens a websocket
     makes it of a subclass of its ``ws_response_class``, and up to aiohttp 3.11.13
     its requests of one of its ``request_class``; no class is changed.
 

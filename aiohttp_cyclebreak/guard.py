@@ -14,15 +14,15 @@ from types import FrameType
 from typing import (
     Any,
     Callable,
-    Container,
     Dict,
+    Iterable,
     List,
     Optional,
     Set,
     Tuple,
     cast,
 )
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 from aiohttp import hdrs, web
 
@@ -32,15 +32,16 @@ from .options import BodyReleasedError, BreakEvent, Options
 from .sever import (
     COUNTS_ARE_EXACT,
     Cut,
+    awaiting_frames,
     detach,
     empty_with_callers,
     frames_of,
     graph,
+    handled_by,
     in_flight,
     leads_on,
     local_values,
     owns_its_traceback,
-    running_frames,
     sever,
 )
 
@@ -86,8 +87,8 @@ _in_hand: "Dict[int, List[ref[_Holder]]]" = {}  # who has noted an exception
 # Where a request has what follows it, beside its own attributes.
 _FOLLOWED = "_cyclebreak"
 
-# Of a request that has noted more exceptions than that, the older half is severed
-# while it goes on: a handler can stream for ever, and its calls fail again and again.
+# Of a request that has noted so many exceptions, all but half of that are severed while
+# it goes on: a handler can stream for ever, and its calls fail again and again.
 _MOST = 100
 
 
@@ -143,7 +144,15 @@ class _Holder:
 class _Request(_Holder):
     """A request that is followed to the end of its task."""
 
-    __slots__ = ("request", "options", "connection", "calls", "kept")
+    __slots__ = (
+        "request",
+        "options",
+        "connection",
+        "calls",
+        "callers",
+        "looks",
+        "kept",
+    )
 
     def __init__(
         self, request: web.BaseRequest, connection: "Optional[_Connection]"
@@ -153,15 +162,34 @@ class _Request(_Holder):
         self.connection = connection  # aiohttp lets go of request.task before the end
         self.options: List[Options] = []
         self.calls: List[_Serving] = []
+        self.callers: Dict[int, ref[asyncio.Task[Any]]] = {}  # whose calls failed
+        self.looks = False
         self.kept = False
 
-    def note_call(self, exc: BaseException) -> None:
+    def note_call(self, exc: BaseException, task: "asyncio.Task[Any]") -> None:
         self.note(exc)
-        if len(self.exceptions) > _MOST:
-            oldest = self.exceptions[: _MOST // 2]
-            self._take_out(oldest)
+        self.callers[id(task)] = ref(task)
+        if len(self.exceptions) >= _MOST and not self.looks:
+            self.looks = True
+            task.get_loop().call_soon(self.sever_older_ones)
+
+    def sever_older_ones(self) -> None:
+        try:
+            self.looks = False
+            own = internals.request_task(self.request)
+            if own is None or _FOLLOWED not in self.request.__dict__:
+                return  # it has ended
+            self.callers[id(own)] = ref(own)
+            alive = [task for found in self.callers.values() for task in [found()]]
+            tasks = [task for task in alive if task is not None and not task.done()]
+            self.callers = {id(task): ref(task) for task in tasks}
+            in_use = _look_into(tasks)
+            older = self.exceptions[: -_MOST // 2]
+            self._take_out(older)
             if not self.kept:
-                self._sever(oldest, _own_frames())
+                self._sever(older, in_use)
+        except Exception:
+            _complain("severing a request that goes on")
 
     def done(self, task: "asyncio.Future[Any]") -> None:
         if internals.is_awaited(self.request, task):
@@ -229,12 +257,21 @@ class _Request(_Holder):
                 detach(exc)
         return True
 
-    def _sever(self, roots: List[BaseException], running: Container[int] = ()) -> None:
-        """Sever what nobody needs any more; leave the rest to who has it in hand."""
-        sorted_out = _sort_out(roots, self._is_kept, running)
-        if self.connection is not None:
+    def _sever(
+        self, roots: List[BaseException], in_use: "Optional[_InUse]" = None
+    ) -> None:
+        """Sever what nobody needs any more; leave the rest to who has it in hand.
+
+        Args:
+            roots: what this request has noted.
+            in_use: what its own tasks need; None: they are done.
+        """
+        sorted_out = _sort_out(roots, self._is_kept, in_use or _InUse())
+        # Somebody runs with those who passed no middleware: a background task.
+        if in_use is not None:
+            _leave(sorted_out.in_flight, self._clears_frames)
+        elif self.connection is not None:
             for exc in sorted_out.in_flight:
-                # By somebody who passed no middleware: a background task.
                 self.connection.later[id(exc)] = exc, self._clears_frames
         for root, own in sorted_out.ready:
             own += _websocket_errors(self.request, own)
@@ -297,6 +334,27 @@ class _Request(_Holder):
                 self.connection.unread = request
 
 
+class _InUse:
+    """What tasks that are suspended need: their frames, and what they have in hand."""
+
+    __slots__ = ("exceptions", "frames")
+
+    def __init__(self) -> None:
+        self.frames: Set[int] = set()  # by id
+        self.exceptions: Dict[int, BaseException] = {}
+
+
+def _look_into(tasks: "Iterable[asyncio.Task[Any]]") -> _InUse:
+    """Look, from a callback of the event loop, at what its tasks need."""
+    in_use = _InUse()
+    for task in tasks:
+        coroutine = task.get_coro()
+        in_use.frames |= awaiting_frames(coroutine)
+        for exc in handled_by(coroutine):
+            in_use.exceptions.update((id(below), below) for below in graph(exc))
+    return in_use
+
+
 class _SortedOut:
     """What of some exceptions is to be severed, and what of them is needed."""
 
@@ -311,11 +369,13 @@ class _SortedOut:
 def _sort_out(
     roots: List[BaseException],
     is_kept: Callable[[BaseException], bool],
-    running: Container[int] = (),
+    in_use: _InUse,
 ) -> _SortedOut:
     sorted_out = _SortedOut()
     covered: Set[int] = set()
     kept: Dict[int, BaseException] = {}
+    for exc in in_use.exceptions.values():
+        sorted_out.spare += frames_of(exc)
     # Latest first, so that the whole of a chain comes before its parts.
     for root in reversed(roots):
         exceptions = [exc for exc in graph(root) if id(exc) not in covered]
@@ -327,14 +387,83 @@ def _sort_out(
         for exc in exceptions:
             if id(exc) in kept or _somebody_has(exc):
                 sorted_out.spare += frames_of(exc)
-            elif in_flight(exc, running):
+            elif id(exc) in in_use.exceptions or in_flight(exc, in_use.frames):
                 sorted_out.spare += frames_of(exc)
                 sorted_out.in_flight.append(exc)
             else:
                 own.append(exc)
         if own:
             sorted_out.ready.append((root, own))
+    running = {id(frame) for exc in sorted_out.in_flight for frame in frames_of(exc)}
+    if running:  # what shares a frame with one of those is to be looked at again too
+        for _, own in sorted_out.ready:
+            sorted_out.in_flight += [
+                exc for exc in own if any(id(f) in running for f in frames_of(exc))
+            ]
     return sorted_out
+
+
+class _LeftOver:
+    """What a task still ran with when those were done who had noted it, by loop.
+
+    Nobody tells when that task is done with it, so it is looked for when more comes.
+    An exception is held weakly where its class allows that: the collector may have it.
+    """
+
+    __slots__ = ("exceptions", "many", "looks")
+
+    def __init__(self) -> None:
+        self.exceptions: Dict[int, Tuple[Callable[[], Any], bool]] = {}
+        self.many = 1  # one look is at all tasks: so many come for one
+        self.looks = False
+
+    def add(self, exc: BaseException, clear_frames: bool) -> None:
+        try:
+            found: Any = ref(exc)
+        except TypeError:  # a built-in class
+            found = partial(_itself, exc)
+        self.exceptions[id(exc)] = found, clear_frames
+        if len(self.exceptions) >= self.many and not self.looks:
+            self.looks = True
+            asyncio.get_running_loop().call_soon(self.look)
+
+    def look(self) -> None:
+        try:
+            self.looks = False
+            tasks = asyncio.all_tasks()
+            in_use = _look_into(tasks)
+            for key, (found, clear_frames) in list(self.exceptions.items()):
+                exc = found()
+                if exc is None:
+                    del self.exceptions[key]
+                    continue
+                sorted_out = _sort_out([exc], lambda exc: False, in_use)
+                for _, own in sorted_out.ready:
+                    sever(own, clear_frames=clear_frames, spare=sorted_out.spare)
+                if not sorted_out.in_flight:
+                    del self.exceptions[key]
+            while len(self.exceptions) > _MOST + len(tasks):
+                del self.exceptions[next(iter(self.exceptions))]
+            self.many = len(self.exceptions) + max(1, len(tasks) // 8)
+        except Exception:
+            _complain("looking for what is left over")
+
+
+def _itself(exc: BaseException) -> BaseException:
+    return exc
+
+
+_left_over: "WeakKeyDictionary[asyncio.AbstractEventLoop, _LeftOver]" = (
+    WeakKeyDictionary()
+)
+
+
+def _leave(exceptions: Iterable[BaseException], clear_frames: bool = True) -> None:
+    for exc in exceptions:
+        loop = asyncio.get_running_loop()
+        if loop not in _left_over:
+            _left_over[loop] = _LeftOver()
+        _left_over[loop].add(exc, clear_frames)
 
 
 class _Connection:
@@ -362,6 +491,8 @@ class _Connection:
             if self.unread is not None:
                 internals.release_payload(self.unread)
             self.sever_later_ones()
+            for exc, clear_frames in self.later.values():
+                _leave([exc], clear_frames)
             for error in self.errors:
                 sever(graph(error))
         except Exception:
@@ -390,37 +521,57 @@ class _Serving(Calls):
 class _Caller(_Holder):
     """A task that makes outgoing calls outside of any guarded request."""
 
-    __slots__ = ("calls",)
+    __slots__ = ("calls", "due", "task")
 
-    def __init__(self) -> None:
+    def __init__(self, task: "asyncio.Task[Any]") -> None:
         super().__init__()
         self.calls = Calls()
+        self.due: List[BaseException] = []
+        self.task = ref(task)
 
     def call_ended(self) -> None:
-        """Sever what earlier calls have left, but what is being handled."""
-        handled = sys.exc_info()[1]  # or by who awaits this
-        spare = () if handled is None else graph(handled)
-        ids = set(map(id, spare))
-        self._sever([exc for exc in self.exceptions if id(exc) not in ids])
+        """Sever what earlier calls have left, once the task waits for something.
+
+        Only then does the interpreter tell what the task has in hand.
+        """
+        current = sys.exc_info()[1]
+        waits = not self.due
+        self.due = [exc for exc in self.exceptions if exc is not current]
+        task = self.task()
+        if self.due and waits and task is not None:
+            task.get_loop().call_soon(self.sever_due_ones)
+
+    def sever_due_ones(self) -> None:
+        try:
+            due, self.due = self.due, []
+            task = self.task()
+            if task is not None and not task.done():
+                in_use = _look_into([task])
+                self._sever(due, in_use)
+                self.calls.forget_dead()
+        except Exception:
+            _complain("severing the calls of a task")
 
     def done(self, task: "asyncio.Future[Any]") -> None:
         try:
             _callers.pop(id(task), None)
             self.note_errors()
-            self._sever(self.exceptions)
+            self._sever(self.exceptions, _InUse())
+            _leave(self.exceptions)
         except Exception:
             _complain("severing the calls of a task")
         finally:
             self._let_go()
             self.exceptions = []
+            self.due = []
 
     def note_errors(self) -> None:
         for error in self.calls.errors():
             self.note(error)
 
-    def _sever(self, roots: List[BaseException]) -> None:
+    def _sever(self, roots: List[BaseException], in_use: _InUse) -> None:
         self._take_out(roots)
-        sorted_out = _sort_out(roots, lambda exc: False, _own_frames())
+        sorted_out = _sort_out(roots, lambda exc: False, in_use)
         for _, own in sorted_out.ready:
             sever(own, spare=sorted_out.spare)
         for exc in sorted_out.in_flight[-_MOST:]:
@@ -451,11 +602,6 @@ def begin(request: web.BaseRequest, options: Options) -> None:
         _complain("following a request's calls")
 
 
-def _own_frames() -> Set[int]:
-    task = asyncio.current_task()
-    return running_frames(None if task is None else task.get_coro())
-
-
 def _calls_of(request: web.BaseRequest) -> Optional[_Serving]:
     serving = _serving.get()
     if serving is None or serving.request() is not request:
@@ -471,7 +617,7 @@ def _calling_task() -> Optional[_Caller]:
     found = _callers.get(key)
     caller = None if found is None else found()
     if caller is None:
-        caller = _Caller()
+        caller = _Caller(task)
         _callers[key] = ref(caller, partial(_callers.pop, key))
         task.add_done_callback(caller.done)
     return caller
@@ -488,7 +634,8 @@ def note_call(made_with: Any) -> None:
     try:
         serving = _serving.get()
         if serving is not None and not serving.over:
-            serving.add(made_with)
+            if serving.add(made_with):
+                _look_for_errors(serving)
             return
         caller = _calling_task()
         if caller is None:
@@ -498,10 +645,22 @@ def note_call(made_with: Any) -> None:
             caller.note_errors()
         if caller.exceptions:
             caller.call_ended()
-        if look:
-            caller.calls.forget_dead()
     except Exception:
         _complain("noting a call")
+
+
+def _look_for_errors(serving: _Serving) -> None:
+    request = serving.request()
+    if request is None:  # gone without an end: a clone of another one
+        serving.over = True
+        return
+    errors = serving.errors()
+    task = asyncio.current_task()
+    followed = _follow(request, None) if errors and task is not None else None
+    for error in errors:
+        if followed is not None and task is not None:
+            followed.note_call(error, task)
+    serving.forget_dead()
 
 
 def note_failed_call(exc: BaseException) -> None:
@@ -512,8 +671,9 @@ def note_failed_call(exc: BaseException) -> None:
         serving = _serving.get()
         request = None if serving is None or serving.over else serving.request()
         followed = None if request is None else _follow(request, None)
-        if followed is not None:
-            followed.note_call(exc)
+        task = asyncio.current_task()
+        if followed is not None and task is not None:
+            followed.note_call(exc, task)
             return
         # Outside of any, or nobody knows any more which task handles it.
         caller = _calling_task()
@@ -635,6 +795,8 @@ def _look_at_calls(request: web.Request, options: Options) -> None:
         return
     for error in serving.errors():
         note(request, error, options)
+    if serving.unread():
+        _follow(request, options)  # perhaps it is read to be the answer's own body
     if _FOLLOWED not in request.__dict__:
         serving.over = True  # nothing looks at the request's end
 

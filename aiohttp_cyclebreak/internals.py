@@ -9,9 +9,10 @@ import asyncio
 import gc
 import re
 from collections import deque
-from functools import lru_cache, partial
+from functools import partial
 from types import FrameType
-from typing import Any, Callable, Iterator, List, Optional, Set, Tuple, Type
+from typing import Any, Callable, Iterator, List, Optional, Tuple, Type
+from weakref import WeakValueDictionary
 
 import aiohttp
 from aiohttp import web, web_app, web_protocol
@@ -473,8 +474,6 @@ KEEPS_FIRST_ATTEMPTS = tuple(
     int(part) for part in re.findall(r"\d+", aiohttp.__version__)[:3]
 ) < (3, 11, 14)
 
-_following: Set[Any] = set()
-
 
 def follow_attempts(
     session: aiohttp.ClientSession, attempted: Callable[[Any], None]
@@ -490,8 +489,12 @@ def follow_attempts(
             about to be sent on.
     """
     base: Any = getattr(session, "_request_class", None)
-    if base is not None and base not in _following and hasattr(base, "send"):
-        session._request_class = _following_request(base, attempted)
+    if (
+        isinstance(base, type)
+        and not issubclass(base, _Follows)
+        and hasattr(base, "send")
+    ):
+        session._request_class = _subclass(base, _following_request, attempted)
 
 
 def follow_websockets(
@@ -509,36 +512,49 @@ def follow_websockets(
         opened: called with each websocket.
     """
     base: Any = getattr(session, "_ws_response_class", None)
-    if base is not None and base not in _following:
-        session._ws_response_class = _following_websocket(base, opened)
+    if isinstance(base, type) and not issubclass(base, _Follows):
+        session._ws_response_class = _subclass(base, _following_websocket, opened)
 
 
-def _stand_in(base: Any, cls: Any) -> Any:
-    cls.__module__, cls.__name__ = base.__module__, base.__name__
-    cls.__qualname__ = base.__qualname__
-    _following.add(cls)
+class _Follows:
+    __slots__ = ()
+
+
+# One class for all sessions: making one takes longer than the call does.  By id, and
+# weakly: a metaclass may refuse to be hashed, and a class of one session goes with it.
+_made: "WeakValueDictionary[int, Any]" = WeakValueDictionary()
+_lasting: List[Any] = []  # those of aiohttp's own classes
+
+
+def _subclass(base: Any, make: Callable[..., Any], told: Callable[[Any], None]) -> Any:
+    cls = _made.get(id(base))
+    if cls is None:
+        try:
+            cls = make(base, told)
+            cls.__module__, cls.__name__ = base.__module__, base.__name__
+            cls.__qualname__ = base.__qualname__
+        except Exception:  # it is final, or its metaclass wants to know more
+            return base
+        _made[id(base)] = cls
+        if base in (aiohttp.ClientRequest, aiohttp.ClientWebSocketResponse):
+            _lasting.append(cls)
     return cls
 
 
-# One class for all sessions: making one takes longer than the call does.
-@lru_cache(maxsize=None)
 def _following_request(base: Any, attempted: Callable[[Any], None]) -> Any:
-    send = base.send
-
-    class Following(base):  # type: ignore[misc]
+    class Following(base, _Follows):  # type: ignore[misc]
         # Not a coroutine function: it would be a line in every traceback.
         def send(self, conn: Any) -> Any:
-            attempted(conn.protocol)
-            return send(self, conn)
+            attempted(getattr(conn, "protocol", None))
+            return base.send(self, conn)  # looked up late: it may be patched
 
-    return _stand_in(base, Following)
+    return Following
 
 
-@lru_cache(maxsize=None)
 def _following_websocket(base: Any, opened: Callable[[Any], None]) -> Any:
-    class Following(base):  # type: ignore[misc]
+    class Following(base, _Follows):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             opened(self)
 
-    return _stand_in(base, Following)
+    return Following

@@ -28,16 +28,17 @@ from typing import (
 __all__ = (
     "COUNTS_ARE_EXACT",
     "Cut",
+    "awaiting_frames",
     "detach",
     "empty_with_callers",
     "frames_of",
     "graph",
+    "handled_by",
     "in_flight",
     "is_exception",
     "is_finished",
     "leads_on",
     "owns_its_traceback",
-    "running_frames",
     "sever",
 )
 
@@ -201,7 +202,8 @@ def in_flight(exc: BaseException, running: Container[int] = ()) -> bool:
 
     Args:
         exc: the exception.
-        running: the ids of frames that do not count: those of who asks.
+        running: the ids of frames that do not count: their tasks are known not to
+            have it in hand.
     """
     traceback = _TRACEBACK.__get__(exc)
     while traceback is not None:
@@ -213,23 +215,47 @@ def in_flight(exc: BaseException, running: Container[int] = ()) -> bool:
     return False
 
 
-def running_frames(coroutine: Any) -> Set[int]:
-    """The ids of the frames of whoever asks, down to the event loop's.
-
-    Args:
-        coroutine: that of the current task.  Up to CPython 3.10 an exception that
-            is thrown into it enters the innermost coroutine alone: those that wait
-            for it are not below it on the stack.
-    """
-    ids = set()  # not the frames: one of them would hold itself
-    frame = inspect.currentframe()
-    while frame is not None:
-        ids.add(id(frame))
-        frame = frame.f_back
+def awaiting_frames(coroutine: Any) -> Set[int]:
+    """The ids of the frames of a suspended coroutine and those that it awaits."""
+    ids = set()
     while coroutine is not None:
         ids.add(id(getattr(coroutine, "cr_frame", None)))
         coroutine = getattr(coroutine, "cr_await", None)
     return ids
+
+
+# Among what a coroutine holds, the types of what it may wait for.
+_AWAITED = {
+    "anext_awaitable",
+    "async_generator",
+    "async_generator_asend",
+    "async_generator_athrow",
+    "coroutine",
+    "coroutine_wrapper",
+    "generator",
+}
+
+
+def handled_by(coroutine: Any) -> List[BaseException]:
+    """What a suspended task handles, or has in its locals, however deep it awaits."""
+    found: List[BaseException] = []
+    seen: Set[int] = set()
+    todo = [coroutine]
+    while todo:
+        each = todo.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        referents = gc.get_referents(each)
+        frame = getattr(each, "cr_frame", None) or getattr(each, "ag_frame", None)
+        if frame is not None and sys.version_info < (3, 11):
+            referents += gc.get_referents(frame)  # then it holds the locals itself
+        for value in referents:
+            if is_exception(value):
+                found.append(value)
+            elif type(value).__name__ in _AWAITED:
+                todo.append(value)
+    return found
 
 
 def _open_loops(exceptions: List[BaseException]) -> None:

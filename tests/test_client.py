@@ -696,10 +696,19 @@ async def session_of(
         upstream.stop()
 
 
+async def in_a_task(session: aiohttp.ClientSession, url: str) -> None:
+    await asyncio.ensure_future(call(session, url))
+
+
+async def gathered(session: aiohttp.ClientSession, url: str) -> None:
+    await asyncio.gather(call(session, url))
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("answer", [None, HALF, NOT_HTTP])
+@pytest.mark.parametrize("call", [call, in_a_task, gathered])
 def test_nothing_piles_up_in_a_worker_that_never_ends(
-    answer: Optional[bytes], loop: str
+    call: Any, answer: Optional[bytes], loop: str
 ) -> None:
     """Bare, every failure waits for the collector; guarded, the last one does."""
 
@@ -789,6 +798,54 @@ def test_an_exception_that_is_being_handled_is_left_whole() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("answer", [None, b"", HALF, NOT_HTTP])
+def test_what_outer_functions_handle_is_left_whole(answer: Optional[bytes]) -> None:
+    """However deep below it other calls fail, and whatever it is."""
+
+    async def fail_inside(session: aiohttp.ClientSession, url: str) -> None:
+        for _ in range(3):
+            try:
+                await call(session, url)
+            except FAILURES:
+                await asyncio.sleep(0)
+
+    async def own_error() -> None:
+        marker = Marker()
+        raise ValueError(marker is None)
+
+    async def swallow_and_raise(session: aiohttp.ClientSession, url: str) -> None:
+        marker = Marker()
+        try:
+            await call(session, url)
+        except FAILURES:
+            pass
+        raise ValueError(marker is None)
+
+    async def main() -> None:
+        upstream = Upstream(() if answer is None else (answer,))
+        async with session_of(upstream) as (session, url):
+            for fail in (
+                own_error(),
+                call(session, url),
+                swallow_and_raise(session, url),
+            ):
+                try:
+                    await fail
+                except (ValueError, *FAILURES) as exc:
+                    await fail_inside(session, url)
+                    assert markers_in(exc) == 1
+            # And what it has in a variable.
+            last: Optional[BaseException] = None
+            try:
+                await call(session, url)
+            except FAILURES as exc:
+                last = exc
+            await fail_inside(session, url)
+            assert markers_in(last) == 1
+
+    run(main())
+
+
 def test_a_task_that_outlives_its_request_is_on_its_own() -> None:
     """What it meets is severed when it ends, and the request goes before that."""
 
@@ -829,7 +886,8 @@ def test_a_task_that_outlives_its_request_is_on_its_own() -> None:
     run(main())
 
 
-def test_a_stream_of_failing_calls_does_not_pile_up() -> None:
+@pytest.mark.parametrize("call", [call, in_a_task, gathered])
+def test_a_stream_of_failing_calls_does_not_pile_up(call: Any) -> None:
     """A handler that never ends has at most a hundred failed calls in hand."""
 
     async def main(guarded: bool) -> int:
@@ -858,6 +916,81 @@ def test_a_stream_of_failing_calls_does_not_pile_up() -> None:
 
     assert run(main(False)) == 300
     assert run(main(True)) <= 101
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_body_that_is_read_when_the_response_is_sent(loop: str) -> None:
+    """It breaks off after the handler has returned."""
+
+    async def stream(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> web.Response:
+        response = await session.get(url)
+
+        async def chunks() -> AsyncIterator[bytes]:
+            async with response:
+                async for chunk in response.content.iter_any():
+                    yield chunk
+
+        return web.Response(body=chunks())
+
+    async def main(guarded: bool) -> Dict[str, int]:
+        async with gateway(stream, Upstream((HALF,)), guarded=guarded) as fixture:
+
+            class Broken(Fixture):
+                async def ask(self, path: str = "/") -> Tuple[int, str]:
+                    client = await self.service.connect()
+                    await client.get()
+                    with contextlib.suppress(ConnectionError):
+                        await client.answer()
+                    client.close()
+                    await self.service.settle()
+                    return 0, ""
+
+            return await count_left(Broken(fixture.service, fixture.session))
+
+    assert_stopped(main, loop)
+
+
+class Final(type):
+    """Refuses to be subclassed, and to be hashed."""
+
+    def __new__(cls, name: str, bases: Any, namespace: Any) -> Any:
+        if any(isinstance(base, Final) for base in bases):
+            raise TypeError("final")
+        return super().__new__(cls, name, bases, namespace)
+
+    def __hash__(cls) -> int:
+        raise TypeError("not to be hashed")
+
+
+def test_classes_of_the_session_that_fight_back() -> None:
+    """They are used as they are: the call works, and is followed by its response."""
+
+    class Request(ClientRequest, metaclass=Final):
+        pass
+
+    class WebSocket(aiohttp.ClientWebSocketResponse, metaclass=Final):
+        pass
+
+    def make_websocket(*args: Any, **kwargs: Any) -> Any:
+        return aiohttp.ClientWebSocketResponse(*args, **kwargs)
+
+    async def talk(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> str:
+        async with session.ws_connect(url) as websocket:
+            return type(websocket).__name__
+
+    async def main(**options: Any) -> Tuple[int, str]:
+        upstream = WebSocketUpstream((b"\x88\x02\x03\xe8",))
+        async with gateway(talk, upstream, **options) as fixture:
+            return await fixture.ask()
+
+    plain = (200, "ClientWebSocketResponse")
+    assert run(main(request_class=Request)) == plain
+    assert run(main(ws_response_class=WebSocket)) == (200, "WebSocket")
+    assert run(main(ws_response_class=make_websocket)) == plain
 
 
 def test_successful_calls_leave_no_trace_of_themselves() -> None:
