@@ -5,11 +5,14 @@
     app.middlewares.append(cyclebreak())
 """
 
-from .client import client_cyclebreak
-from .decorators import break_cycles, keep_cycles
-from .middleware import cyclebreak, setup
-from .options import BodyReleasedError, BreakEvent
-from .server import guard_server
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .client import client_cyclebreak
+    from .decorators import break_cycles, keep_cycles
+    from .middleware import cyclebreak, setup
+    from .options import BodyReleasedError, BreakEvent
+    from .server import guard_server
 
 __all__ = (
     "BodyReleasedError",
@@ -23,3 +26,25 @@ __all__ = (
 )
 
 __version__ = "0.1.0"
+
+# pytest loads its plugin from this package, in suites too that do not use aiohttp.
+_HOMES = {
+    "BodyReleasedError": "options",
+    "BreakEvent": "options",
+    "break_cycles": "decorators",
+    "client_cyclebreak": "client",
+    "cyclebreak": "middleware",
+    "guard_server": "server",
+    "keep_cycles": "decorators",
+    "setup": "middleware",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,6 +1,6 @@
 """Who holds it? The shortest chain of references to an object.
 
-Read from an object backwards with :func:`gc.get_referrers`, level by level, to what
+Read from an object backwards with ``gc.get_referrers()``, level by level, to what
 is alive by itself; or, where there is no such thing, to a reference cycle.  Nothing
 is collected, changed or kept, and no value is ever shown.
 """
@@ -103,7 +103,7 @@ class Chain:
             collector runs; ``"live"``: something that runs, waits or is open holds
             it, and ends; ``"permanent"``: a module, a class or an application
             holds it, and nothing ends that; ``"unknown"``: not found in time, or
-            hidden by :func:`gc.freeze`.
+            hidden by ``gc.freeze()``.
         cycle: the reference cycle, for ``"delayed"``: its first object is its last, and
             the first of *links* too.
         leak: what stands before the slash in the id of the catalogue's entries whose
@@ -351,7 +351,7 @@ class _Search:
         known = len(self._objects)
         for holder in holders:
             held: Dict[int, int] = {}
-            for each in gc.get_referents(holder):
+            for each in _referents(holder):
                 if id(each) in ids:
                     held[ids[id(each)]] = held.get(ids[id(each)], 0) + 1
             for index, references in held.items():
@@ -413,8 +413,8 @@ class _Search:
                     walk.append(held)
 
     def _look_outside(self) -> None:
-        """See who is held by what :func:`gc.get_referrers` does not show."""
-        if not COUNTS_ARE_EXACT or gc.get_freeze_count():
+        """See who is held by what ``gc.get_referrers()`` does not show."""
+        if not COUNTS_ARE_EXACT or _is_frozen():
             return
         missing = self._missing()
         if missing:
@@ -447,7 +447,7 @@ class _Search:
         everything = gc.get_objects()
         self._ignored.update((id(everything), id(holders)))
         for each in everything:
-            if not ids.isdisjoint(map(id, gc.get_referents(each))):
+            if not ids.isdisjoint(map(id, _referents(each))):
                 if id(each) not in (id(holders), id(ids)):
                     holders.append(each)
             if self._is_late():
@@ -470,8 +470,8 @@ class _Search:
             return self._unknown(target)
         cycle = self._cycle(target)
         if cycle is None:
-            return self._unknown(target) if gc.get_freeze_count() else None
-        if gc.get_freeze_count():
+            return self._unknown(target) if _is_frozen() else None
+        if _is_frozen():
             return self._unknown(target)
         path = self._path([cycle[0]], target)
         if _is_dict_of(self._objects[cycle[0]], self._objects[cycle[-2]]):
@@ -600,6 +600,24 @@ class _Search:
 
 
 _OUTSIDE = Link("something in C, or a temporary value", "holds")
+
+
+# CPython 3.12 counts what is immortal as frozen, some hundred objects; a program that
+# freezes does so when it has imported what it needs, and those are many thousand.
+_IMMORTAL = 10_000
+
+
+def _is_frozen() -> bool:
+    return gc.get_freeze_count() > _IMMORTAL
+
+
+def _referents(each: Any) -> List[Any]:
+    """What an object refers to."""
+    if issubclass(type(each), ModuleType):
+        # In CPython 3.12 asyncio's own, in C, also gives the objects of its free list,
+        # which die a second time when they are let go.
+        return [vars(each)]
+    return gc.get_referents(each)
 
 
 def _is_of(module: object, packages: Sequence[str]) -> bool:
@@ -833,6 +851,8 @@ def _marks(each: Any) -> Iterator[str]:
             yield _FRAME
     if kind in _RESUMABLE:
         yield str(each.__qualname__)
+    if issubclass(kind, asyncio.Task):
+        yield _TASK
     if issubclass(kind, BaseException):
         yield _ERROR
     if issubclass(kind, web.HTTPException):
@@ -855,7 +875,8 @@ def _start(objects: Sequence[Any]) -> Optional[int]:
     return None
 
 
-_FRAME, _ERROR, _HTTP_ERROR = "a frame of the application", "an error", "a response"
+_FRAME, _TASK = "a frame of the application", "a task"
+_ERROR, _HTTP_ERROR = "an error", "an error that is a response"
 
 # The first whose marks are all there is what a chain is; the catalogue's other leaks
 # come down to one of these.
@@ -873,14 +894,11 @@ _PATTERNS: Tuple[Tuple[str, str, Tuple[str, ...]], ...] = (
     ("delayed", "payload", ("aiohttp.streams.StreamReader", _ERROR, "traceback")),
     (
         "delayed",
-        "close-cancel",
-        ("aiohttp.web_protocol:start", "asyncio.exceptions.CancelledError"),
-    ),
-    (
-        "delayed",
         "started",
         ("aiohttp.web_protocol:start", "local variable 'task'", _ERROR),
     ),
+    # Before CPython 3.11 the task holds the traceback of its cancellation alone.
+    ("delayed", "close-cancel", ("aiohttp.web_protocol:start", _TASK, "traceback")),
     ("delayed", "no-route", ("aiohttp.web_urldispatcher.MatchInfoError",)),
     ("delayed", "no-route", ("aiohttp.web_urldispatcher.SystemRoute",)),
     ("delayed", "stash", ("attribute '_state'", _ERROR, "traceback")),

@@ -213,10 +213,9 @@ def _name(cls: type) -> str:
 
 
 def _requests() -> List[web.BaseRequest]:
-    # type(): a proxy may answer for its class with an error.
-    return [
-        each for each in gc.get_objects() if issubclass(type(each), web.BaseRequest)
-    ]
+    # Not isinstance(): the class is abstract, and remembers whom it is asked about; and
+    # a proxy may answer for its class with an error.
+    return [each for each in gc.get_objects() if web.BaseRequest in type(each).__mro__]
 
 
 # What a transport of asyncio is made of, beside its methods.

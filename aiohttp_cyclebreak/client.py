@@ -36,9 +36,9 @@ def client_cyclebreak() -> aiohttp.TraceConfig:
       done, or when its next call has ended and it waits for something; what breaks off
       in the middle of a body within its next 32 calls.
 
-    What one of these tasks has in hand, in an ``except`` block or in a variable, is left
-    for later.  So a worker's log lines have every line of the traceback, however late;
-    what is gone are the locals of functions that have ended.
+    What one of these tasks has in hand, in an ``except`` block or in a variable, is
+    left for later.  So a worker's log lines have every line of the traceback, however
+    late; what is gone are the locals of functions that have ended.
 
     No exception is held for longer than the request or the task, but weakly.  Responses
     and connections are followed by weak references.  A session that opens a websocket

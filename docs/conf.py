@@ -20,7 +20,7 @@ napoleon_use_ivar = True
 
 # Other projects' names stand as they are where their inventories are not at hand.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(aiohttp|asyncio|collections|logging|types|typing)\..*"),
+    (r"py:.*", r"(aiohttp|asyncio|collections|gc|logging|types|typing)\..*"),
     (r"py:(class|exc|meth|obj)", r"[A-Z]\w*(Error|Exit|Exception)"),
     (r"py:(class|obj)", r"(Any|Awaitable|Callable|Middleware|None|Optional|Type)"),
     (r"py:(class|obj)", r"(bool|dict|int|list|object|str|type)"),

@@ -328,7 +328,7 @@ def test_out_of_time() -> None:
 
 
 def test_frozen() -> None:
-    """gc.freeze() hides holders: no verdict is given without them."""
+    """What gc.freeze() hides may be a holder: no verdict is given without it."""
     target = Target()
     target.link = target
     gc.freeze()

@@ -1,0 +1,523 @@
+"""The pytest plugin, in test runs of its own: what fails there, and what it says."""
+
+import sys
+from pathlib import Path
+from typing import Dict
+
+import pytest
+from aiohttp import web
+
+from .service import AIOHTTP
+
+pytestmark = pytest.mark.processes
+
+pytest_plugins = ("pytester",)
+
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+
+APP = """
+import asyncio
+import gc
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from aiohttp_cyclebreak import cyclebreak
+
+KEPT = []
+SECRET = "secret"
+TASKS: Any = "tasks" if not hasattr(web, "AppKey") else web.AppKey("tasks", list)
+
+
+class Order:
+    pass
+
+
+async def ok(request):
+    return web.Response(text="ok")
+
+
+async def refuse(request):
+    raise web.HTTPBadRequest(text=SECRET)
+
+
+async def fail(request):
+    raise ValueError(SECRET)
+
+
+async def keep(request):
+    KEPT.append(request)
+    return web.Response()
+
+
+async def keep_in_app(request):
+    request.app[TASKS].append(request)
+    return web.Response()
+
+
+async def work(request):
+    async def later(request):
+        await asyncio.get_running_loop().create_future()
+
+    request.app[TASKS].append(asyncio.ensure_future(later(request)))
+    return web.Response()
+
+
+async def order(request):
+    order = Order()
+    order.self = order
+    return web.Response()
+
+
+async def never(request):
+    await asyncio.get_running_loop().create_future()
+
+
+def make_app(*middlewares):
+    app = web.Application(middlewares=middlewares)
+    app[TASKS] = []
+    for handler in (ok, refuse, fail, keep, keep_in_app, work, order, never):
+        app.router.add_get(f"/{handler.__name__}", handler)
+
+    async def clean_up(app):
+        for task in app[TASKS]:
+            if isinstance(task, asyncio.Task):
+                task.cancel()
+
+    app.on_cleanup.append(clean_up)
+    return app
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    yield
+    KEPT.clear()
+"""
+
+CLIENT = """
+from app import *  # noqa
+
+
+@pytest.fixture
+async def client(aiohttp_client):
+    return await aiohttp_client(make_app())
+
+
+async def get(client, path, times=3):
+    for _ in range(times):
+        response = await client.get(path)
+        await response.read()
+    return response
+"""
+
+
+def test_run(pytester: pytest.Pytester) -> None:
+    """With pytest-aiohttp: cycles, live holders and clean applications are told."""
+    pytester.makepyfile(app=APP)
+    pytester.makepyfile(
+        CLIENT
+        + """
+import aiohttp_cyclebreak.pytest_plugin
+
+aiohttp_cyclebreak.pytest_plugin._TIMEOUT = 0.2  # for test_never
+
+
+async def test_clean(client, no_request_cycles):
+    async with no_request_cycles():
+        response = await get(client, "/ok")
+    assert response.status == 200
+
+
+async def test_cycle(client, no_request_cycles):
+    async with no_request_cycles():
+        await get(client, "/refuse")
+
+
+async def test_cycle_guarded(aiohttp_client, no_request_cycles):
+    client = await aiohttp_client(make_app(cyclebreak()))
+    async with no_request_cycles(requests=6, garbage=True):
+        await get(client, "/refuse")
+        await get(client, "/missing")
+
+
+async def test_cycle_allowed(client, no_request_cycles):
+    async with no_request_cycles(allow="http-exception"):
+        await get(client, "/refuse")
+
+
+async def test_cycle_allowed_by_function(client, no_request_cycles):
+    async with no_request_cycles(allow=lambda chain: chain.kind == "delayed"):
+        await get(client, "/refuse")
+
+
+async def test_another_allowed(client, no_request_cycles):
+    async with no_request_cycles(allow=("payload", "websocket")):
+        await get(client, "/refuse")
+
+
+async def test_permanent(client, no_request_cycles):
+    async with no_request_cycles():
+        await get(client, "/keep")
+
+
+async def test_permanent_in_app(client, no_request_cycles):
+    async with no_request_cycles():
+        await get(client, "/keep_in_app")
+
+
+async def test_task(client, no_request_cycles):
+    async with no_request_cycles():
+        await get(client, "/work")
+
+
+async def test_logged(client, no_request_cycles, caplog):
+    async with no_request_cycles():
+        await get(client, "/fail")
+    assert [each.exc_info[0] for each in caplog.records if each.exc_info]
+
+
+async def test_own_variable(no_request_cycles):
+    from aiohttp.test_utils import make_mocked_request
+
+    async with no_request_cycles():
+        mine = [make_mocked_request("GET", "/")]
+    assert mine
+
+
+async def test_no_request(client, no_request_cycles):
+    async with no_request_cycles():
+        pass
+
+
+async def test_too_few(client, no_request_cycles):
+    async with no_request_cycles(requests=4):
+        await get(client, "/ok")
+
+
+async def test_cls(client, no_request_cycles):
+    async with no_request_cycles(cls=Order):
+        await get(client, "/refuse")
+        await get(client, "/order")
+
+
+async def test_garbage(aiohttp_client, no_request_cycles):
+    client = await aiohttp_client(make_app(cyclebreak()))
+    async with no_request_cycles(garbage=True):
+        await get(client, "/order")
+
+
+async def test_never(client, no_request_cycles):
+    asking = asyncio.ensure_future(client.get("/never"))
+    try:
+        async with no_request_cycles():
+            while not any(type(each) is web.Request for each in gc.get_objects()):
+                await asyncio.sleep(0)
+    finally:
+        asking.cancel()
+
+
+async def test_error_in_block(client, no_request_cycles):
+    async with no_request_cycles():
+        await get(client, "/refuse")
+        raise LookupError("its own")
+
+
+def test_collector_is_on():
+    assert gc.isenabled()
+    assert web.BaseRequest.__init__.__module__ == "aiohttp.web_request"
+    assert not hasattr(web.BaseRequest.__init__, "__wrapped__")
+
+
+@pytest.mark.no_request_cycles(requests=3)
+async def test_marked(client):
+    await get(client, "/ok")
+    await client.close()
+
+
+@pytest.mark.no_request_cycles(requests=3)
+async def test_marked_cycle(client):
+    await get(client, "/refuse")
+
+
+@pytest.mark.no_request_cycles(requests=50)
+async def test_marked_too_few(client):
+    await get(client, "/ok")
+
+
+@pytest.mark.no_request_cycles(requests=3, allow="http-exception")
+async def test_marked_close(client):
+    await get(client, "/ok")
+
+
+@pytest.mark.no_request_cycles(requests=0)
+def test_marked_sync():
+    pass
+
+
+async def test_soak(client, soak):
+    await soak(lambda: get(client, "/fail", 1))
+
+
+async def test_soak_cycle(client, soak):
+    await soak(lambda: get(client, "/refuse", 1))
+
+
+async def test_soak_permanent(client, soak):
+    await soak(lambda: get(client, "/keep", 1))
+"""
+    )
+    result = pytester.runpytest_subprocess(
+        "-q", "-rA", "-o", "asyncio_mode=auto", "-W", "ignore", "--show-capture=no"
+    )
+    text = result.stdout.str()
+    outcomes = {
+        line.split("::")[1].split(" ")[0]: line.split()[0]
+        for line in text.splitlines()
+        if "::" in line and line.split()[0] in ("PASSED", "FAILED", "ERROR")
+    }
+    # The test client closes its connections when the test is over: close-cancel.
+    late = (3, 10, 6) <= AIOHTTP <= (3, 11, 13) and sys.version_info >= (3, 9)
+    assert outcomes == {
+        "test_clean": "PASSED",
+        "test_cycle": "FAILED",
+        "test_cycle_guarded": "PASSED",
+        "test_cycle_allowed": "PASSED",
+        "test_cycle_allowed_by_function": "PASSED",
+        "test_another_allowed": "FAILED",
+        "test_permanent": "FAILED",
+        "test_permanent_in_app": "FAILED",
+        "test_task": "FAILED",
+        "test_logged": "PASSED",
+        "test_own_variable": "PASSED",
+        "test_no_request": "FAILED",
+        "test_too_few": "FAILED",
+        "test_cls": "FAILED",
+        "test_garbage": "FAILED",
+        "test_never": "FAILED",
+        "test_error_in_block": "FAILED",
+        "test_collector_is_on": "PASSED",
+        "test_marked": "FAILED" if late else "PASSED",
+        "test_marked_cycle": "FAILED",
+        "test_marked_too_few": "FAILED",
+        "test_marked_close": "ERROR" if late else "PASSED",
+        "test_marked_sync": "PASSED",
+        "test_soak": "PASSED",
+        "test_soak_cycle": "FAILED",
+        "test_soak_permanent": "FAILED",
+    }, text
+    said = sections(text)
+    assert "3 waiting for the garbage collector" in said["test_cycle"]
+    assert "3 x GET /refuse:" in said["test_cycle"]
+    assert "http-exception of the catalogue" in said["test_cycle"]
+    assert "local variable 'resp'" in said["test_cycle"]
+    assert "3 held for good" in said["test_permanent"]
+    assert "module app: global 'KEPT'" in said["test_permanent"]
+    assert "3 held for good" in said["test_permanent_in_app"]
+    assert "Application: attribute '_state'" in said["test_permanent_in_app"]
+    assert "3 held by something that is not over" in said["test_task"]
+    assert "later" in said["test_task"]
+    assert "app.py" in said["test_task"]
+    assert "0 requests made" in said["test_no_request"]
+    assert "3 requests made, at least 4 expected" in said["test_too_few"]
+    assert "attribute 'self'" in said["test_cls"]
+    assert "3 Order" in said["test_garbage"]
+    assert "still being served: GET /never" in said["test_never"]
+    assert "LookupError: its own" in said["test_error_in_block"]
+    assert "1.00 requests alive" in said["test_soak_cycle"]
+    assert "bytes" not in said["test_soak_cycle"]
+    assert "aiohttp.web_request.Request" in said["test_soak_permanent"]
+    assert "bytes" in said["test_soak_permanent"]
+    if late:
+        assert "10548" in said["test_marked_close"]
+    assert "secret" not in text
+    assert_pictures(said["test_cycle"])
+
+
+def sections(text: str) -> Dict[str, str]:
+    """What was said of each test."""
+    found: Dict[str, str] = {}
+    name = ""
+    for line in text.splitlines():
+        if line.startswith("___"):
+            name = line.strip("_ ").rpartition(" ")[2]
+        found[name] = found.get(name, "") + line + "\n"
+    return found
+
+
+def assert_pictures(text: str) -> None:
+    """Where objgraph is there, a picture is made and its path printed."""
+    pytest.importorskip("objgraph")
+    path = Path(text.partition("picture: ")[2].split("\n")[0])
+    assert path.stat().st_size > 0
+    path.unlink()
+    path.parent.rmdir()
+
+
+REAL = """
+from app import *  # noqa
+import socket
+
+
+async def ask(port, path):
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"GET {path} HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n".encode())
+    await reader.readuntil(b"\\r\\n\\r\\n")
+    writer.close()
+
+
+async def visit(path):
+    runner = web.AppRunner(make_app())
+    await runner.setup()
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    await web.SockSite(runner, sock).start()
+    await ask(sock.getsockname()[1], path)
+    return runner
+"""
+
+
+def test_real_server_and_strict_mode(pytester: pytest.Pytester) -> None:
+    """With pytest-asyncio alone, in its strict mode, and a server of one's own."""
+    pytester.makepyfile(app=APP)
+    pytester.makepyfile(
+        REAL
+        + """
+@pytest.mark.asyncio
+@pytest.mark.parametrize("path", ["/fail", "/refuse", "/keep"])
+async def test_block(path, no_request_cycles):
+    async with no_request_cycles():
+        runner = await visit(path)
+    await runner.cleanup()
+
+
+@pytest.mark.asyncio
+@pytest.mark.no_request_cycles
+@pytest.mark.parametrize("path", ["/fail", "/refuse", "/keep"])
+async def test_marked(path):
+    runner = await visit(path)
+    await runner.cleanup()
+"""
+    )
+    result = pytester.runpytest_subprocess(
+        "-q", "-o", "asyncio_mode=strict", "-W", "ignore", "-p", "no:aiohttp"
+    )
+    result.assert_outcomes(passed=2, failed=4)
+
+
+def test_own_plugin_of_aiohttp(pytester: pytest.Pytester) -> None:
+    """With the plugin that is part of aiohttp, and no other."""
+    pytest.importorskip("aiohttp.pytest_plugin")
+    pytester.makepyfile(app=APP)
+    pytester.makepyfile(
+        CLIENT.replace("async def client", "def client", 1)
+        .replace(
+            "return await aiohttp_client(make_app())",
+            "return asyncio.get_event_loop().run_until_complete("
+            "aiohttp_client(make_app()))",
+        )
+        .replace("def client(aiohttp_client)", "def client(loop, aiohttp_client)")
+        + """
+async def test_clean(client, no_request_cycles):
+    async with no_request_cycles():
+        await get(client, "/fail")
+
+
+async def test_cycle(client, no_request_cycles):
+    async with no_request_cycles():
+        await get(client, "/refuse")
+
+
+@pytest.mark.no_request_cycles(requests=3)
+async def test_marked(client):
+    await get(client, "/refuse")
+"""
+    )
+    result = pytester.runpytest_subprocess(
+        *("-q", "-p", "aiohttp.pytest_plugin", "-p", "no:aiohttp"),
+        *("-p", "no:asyncio", "-W", "ignore"),
+    )
+    result.assert_outcomes(passed=1, failed=2)
+
+
+def test_in_parallel(pytester: pytest.Pytester) -> None:
+    """Under pytest-xdist, where each process looks after its own requests."""
+    pytester.makepyfile(app=APP)
+    pytester.makepyfile(
+        CLIENT
+        + """
+@pytest.mark.parametrize("number", range(4))
+async def test_clean(client, no_request_cycles, number):
+    async with no_request_cycles():
+        await get(client, "/ok")
+
+
+@pytest.mark.parametrize("number", range(4))
+async def test_cycle(client, no_request_cycles, number):
+    async with no_request_cycles():
+        await get(client, "/refuse")
+"""
+    )
+    result = pytester.runpytest_subprocess(
+        "-q", "-n2", "-o", "asyncio_mode=auto", "-W", "ignore"
+    )
+    result.assert_outcomes(passed=4, failed=4)
+
+
+def test_example(pytester: pytest.Pytester) -> None:
+    """The example of the documentation passes, and fails without the guard."""
+    text = (EXAMPLES / "pytest_upload.py").read_text()
+    bare = text.replace("middlewares=[cyclebreak()]", "")
+    assert bare != text
+    pytester.makepyfile(test_guarded=text, test_bare=bare)
+    result = pytester.runpytest_subprocess(
+        "-q", "-o", "asyncio_mode=auto", "-W", "ignore"
+    )
+    # Bare, a request without a route fails; and where the client's closing leaves the
+    # last request behind, so do the others.
+    late = (3, 10, 6) <= AIOHTTP <= (3, 11, 13) and sys.version_info >= (3, 9)
+    result.assert_outcomes(passed=5, failed=1, errors=int(late))
+
+
+WRONG = {
+    "requests=-1": "requests=-1 is not a number of requests",
+    "cls='Order'": "cls='Order' is neither a class nor a tuple of them",
+    "garbage=1": "garbage=1 is neither True nor False",
+    "allow='no-such-leak'": "the catalogue knows no no-such-leak, only",
+    "request=50": "unexpected keyword argument 'request'",
+    "50": "it takes keyword arguments only",
+}
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_wrong_options(pytester: pytest.Pytester, options: str) -> None:
+    """A marker that is wrong is told before anything runs."""
+    path = pytester.makepyfile(
+        "import pytest\n\n"
+        f"@pytest.mark.no_request_cycles({options})\ndef test_it():\n    pass\n"
+    )
+    result = pytester.runpytest_inprocess("-q", path)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(f"*::test_it: no_request_cycles: *{WRONG[options]}*")
+
+
+def test_costs_nothing_unless_it_is_used(pytester: pytest.Pytester) -> None:
+    """A suite that does not use it does not import aiohttp."""
+    pytester.makepyfile(
+        """
+import sys
+
+
+def test_it(request):
+    assert "aiohttp_cyclebreak.pytest_plugin" in sys.modules
+    assert "aiohttp" not in sys.modules
+"""
+    )
+    result = pytester.runpytest_subprocess("-q", "-p", "no:aiohttp", "-p", "no:asyncio")
+    result.assert_outcomes(passed=1)
+
+
+def test_nobody_else_patches_requests() -> None:
+    """Nothing is changed in aiohttp unless a test is watched."""
+    assert web.BaseRequest.__init__.__qualname__ == "BaseRequest.__init__"
+    assert not hasattr(web.BaseRequest.__init__, "__wrapped__")
