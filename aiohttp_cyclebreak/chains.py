@@ -889,6 +889,17 @@ _PATTERNS: Tuple[Tuple[str, str, Tuple[str, ...]], ...] = (
     ),
     ("permanent", "singleton", (_ERROR, "traceback")),
     ("live", "idle-body", ("RequestHandler.start", "local variable 'request'")),
+    *(
+        ("delayed", "gateway", (mark, _ERROR))
+        for mark in (
+            "aiohttp.client_proto.ResponseHandler",
+            "aiohttp.client_reqrep.ClientResponse",
+            "aiohttp.client:_request",
+            "aiohttp.connector:_wrap_create_connection",
+            "aiohttp.connector:_create_direct_connection",
+            "aiohappyeyeballs.impl:start_connection",
+        )
+    ),
     ("delayed", "websocket", ("aiohttp.web_ws.WebSocketResponse",)),
     ("delayed", "late-read", ("aiohttp.web_protocol.PayloadAccessError",)),
     ("delayed", "payload", ("aiohttp.streams.StreamReader", _ERROR, "traceback")),
@@ -920,6 +931,9 @@ def _recognise(kind: str, marks: Set[str]) -> Optional[str]:
 
 _REMEDIES = {
     Remedy.MIDDLEWARE: "cyclebreak() among the application's middlewares stops this",
+    Remedy.CLIENT: (
+        "client_cyclebreak() among the trace_configs of the client session stops this"
+    ),
     Remedy.SERVER: "guard_server(runner) stops this",
     Remedy.RELEASE: "cyclebreak(release_body=True) lets go of the body",
 }

@@ -396,10 +396,18 @@ SAME: Dict[str, Set[str]] = {
 ON_MANY = {"close-cancel"}  # beside whatever else a request is held by
 NO_FLOOR = Floor(**{field.name: 0 for field in dataclasses.fields(Floor)})
 # One of each family, and those that are held in ways of their own.
+KEPT_OTHERWISE = {
+    "websocket/stored",
+    "stash/answered",
+    "gateway/refused/swallow",
+    "gateway/cut/swallow",
+    "gateway/half/swallow",
+    "gateway/half/gather",
+}
 SHOWN = [
     leak
     for leak in CATALOGUE
-    if ("/" not in leak.id or leak.id in ("websocket/stored", "stash/answered"))
+    if ("/" not in leak.id or leak.id in KEPT_OTHERWISE)
     and leak.kind is not Kind.LIVE
     and leak.is_on(AIOHTTP, sys.version_info)
 ]
