@@ -234,7 +234,9 @@ class _Request(_Holder):
         for options in self.options:
             if options.keep is not None or options.on_break is not None:
                 return False
-        frame = None if self.connection is None else self.connection.frame
+        connection = self.connection
+        if connection is None:
+            return False
         missing = internals.missing_route(self.request)
         response: Any = internals.response_of(task)
         for exc in self.exceptions:
@@ -243,7 +245,9 @@ class _Request(_Holder):
             # the task's result too, its frame, and perhaps that of the connection.
             known = 3
             if exc is response:
-                known = 6 + internals.connection_holds(self.request, frame, exc)
+                known = 6 + internals.connection_holds(
+                    connection.coroutine, connection.frame, exc
+                )
             if references != known or exc is missing or leads_on(exc):
                 return False
             if not owns_its_traceback(exc):
@@ -469,10 +473,12 @@ def _leave(exceptions: Iterable[BaseException], clear_frames: bool = True) -> No
 class _Connection:
     """A connection that is followed to the end of its task."""
 
-    __slots__ = ("frame", "errors", "unread", "later", "__weakref__")
+    __slots__ = ("coroutine", "frame", "errors", "unread", "later", "__weakref__")
 
-    def __init__(self, frame: Optional[FrameType]) -> None:
-        self.frame = frame
+    def __init__(self, task: "asyncio.Task[Any]") -> None:
+        # aiohttp 3.14 has the request forget its task before it is done.
+        self.coroutine: Any = task.get_coro()
+        self.frame = internals.connection_frame(task)
         self.errors: List[BaseException] = []
         self.unread: Optional[web.BaseRequest] = None
         # Exceptions that somebody had in hand, and whether to clear their frames.
@@ -498,7 +504,7 @@ class _Connection:
         except Exception:
             _complain("severing a connection")
         finally:
-            self.frame = None
+            self.coroutine = self.frame = None
             self.errors = []
             self.unread = None
             self.later = {}
@@ -703,7 +709,7 @@ def follow_connection(task: Any) -> None:
     if id(task) in _connections or not isinstance(task, asyncio.Task):
         return  # a mocked request has no task
     key = id(task)
-    connection = _Connection(internals.connection_frame(task))
+    connection = _Connection(task)
     # The callback is given the reference, which is then the default of pop().
     _connections[key] = ref(connection, partial(_connections.pop, key))
     task.add_done_callback(connection.done)

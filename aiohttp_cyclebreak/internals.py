@@ -265,17 +265,16 @@ def route_of(request: web.BaseRequest) -> Any:
 
 
 def connection_holds(
-    request: web.BaseRequest, frame: Optional[FrameType], response: object
+    coroutine: Any, frame: Optional[FrameType], response: object
 ) -> int:
-    """How often the frame of a connection's task refers to a response.
+    """How often the coroutine of a connection's task refers to a response.
 
     The collector is asked: reading the locals of a frame that goes on would leave
     references to them in it, before Python 3.13.
 
     aiohttp: the local ``resp`` of ``RequestHandler.start``, 3.8 to 3.14.
     """
-    task: Any = request.task
-    owners = [each for each in (frame, task and task.get_coro()) if each is not None]
+    owners = [each for each in (coroutine, frame) if each is not None]
     return sum(each is response for each in gc.get_referents(*owners))
 
 
