@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 
 from . import internals
-from .guard import follow_calls, note_call, note_failed_call
+from .guard import follow_calls, note_call, note_failed_call, note_successful_call
 from .options import switched_off
 
 __all__ = ("client_cyclebreak",)
@@ -84,6 +84,9 @@ async def _ended(
     response = params.response
     if response.status == 101:
         internals.follow_websockets(session, note_call)
+    elif response.content.is_eof():  # no error can come to it any more
+        note_successful_call()
+        return
     note_call(response)
 
 

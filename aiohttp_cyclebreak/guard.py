@@ -54,6 +54,7 @@ __all__ = (
     "note_call",
     "note_failed_call",
     "note_parser_error",
+    "note_successful_call",
     "passed",
 )
 
@@ -650,6 +651,22 @@ def note_call(made_with: Any) -> None:
         if look:
             caller.note_errors()
         if caller.exceptions:
+            caller.call_ended()
+    except Exception:
+        _complain("noting a call")
+
+
+def note_successful_call() -> None:
+    """Tell a task whose earlier calls have failed that another one has ended."""
+    if not _callers:
+        return
+    try:
+        serving = _serving.get()
+        if serving is not None and not serving.over:
+            return
+        found = _callers.get(id(asyncio.current_task()))
+        caller = None if found is None else found()
+        if caller is not None and caller.exceptions:
             caller.call_ended()
     except Exception:
         _complain("noting a call")
