@@ -412,7 +412,7 @@ class _LeftOver:
     """What a task still ran with when those were done who had noted it, by loop.
 
     Nobody tells when that task is done with it, so it is looked for when more comes.
-    An exception is held weakly where its class allows that: the collector may have it.
+    An exception is held weakly, if its class allows that: the collector may have it.
     """
 
     __slots__ = ("exceptions", "many", "looks")
@@ -424,10 +424,9 @@ class _LeftOver:
 
     def add(self, exc: BaseException, clear_frames: bool) -> None:
         try:
-            found: Any = ref(exc)
-        except TypeError:  # a built-in class
-            found = partial(_itself, exc)
-        self.exceptions[id(exc)] = found, clear_frames
+            self.exceptions[id(exc)] = ref(exc), clear_frames
+        except TypeError:
+            return  # of a built-in class: to hold it could keep what nobody else does
         if len(self.exceptions) >= self.many and not self.looks:
             self.looks = True
             asyncio.get_running_loop().call_soon(self.look)
@@ -452,10 +451,6 @@ class _LeftOver:
             self.many = len(self.exceptions) + max(1, len(tasks) // 8)
         except Exception:
             _complain("looking for what is left over")
-
-
-def _itself(exc: BaseException) -> BaseException:
-    return exc
 
 
 _left_over: "WeakKeyDictionary[asyncio.AbstractEventLoop, _LeftOver]" = (
