@@ -11,6 +11,8 @@ from aiohttp_cyclebreak import BreakEvent, break_cycles, keep_cycles, setup
 
 from .service import alive, no_collector, run, serve
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 
 async def refuse(request: web.Request) -> web.Response:
     """Refuse."""

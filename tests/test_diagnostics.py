@@ -18,6 +18,8 @@ from aiohttp_cyclebreak import cyclebreak, setup
 from .naive import NAIVE
 from .service import LOOPS, run, serve, spin
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 
 @web.middleware
 async def _idle(request: web.Request, handler: Any) -> web.StreamResponse:

@@ -21,6 +21,8 @@ from aiohttp_cyclebreak.leaks.gateway import Upstream
 
 from .service import alive, no_collector, run, serve
 
+pytestmark = pytest.mark.processes
+
 EXAMPLES = pathlib.Path(__file__).parent.parent / "docs" / "examples"
 
 
