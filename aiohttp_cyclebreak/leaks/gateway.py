@@ -87,7 +87,7 @@ class Gateway:
         self.trace_configs: List[aiohttp.TraceConfig] = []
         self._upstream = Upstream(answers)
         # Seconds: short where every call has to wait for it.
-        self._timeout = 0.03 if None in answers else 60.0
+        self._timeout = 0.05 if None in answers else 60.0
         self._session: Optional[aiohttp.ClientSession] = None
 
     @property
