@@ -14,6 +14,7 @@ from types import FrameType
 from typing import (
     Any,
     Callable,
+    Coroutine,
     Dict,
     Iterable,
     List,
@@ -82,8 +83,11 @@ def _complain(about: str) -> None:
 # task and a connection by those of its own, so what is never finished (a loop that
 # is closed too early) is let go with the task.
 _connections: "Dict[int, ref[_Connection]]" = {}
+_at_rest: Set[int] = set()  # the keys of those that have no exception to be severed
 _callers: "Dict[int, ref[_Caller]]" = {}
-_in_hand: "Dict[int, List[ref[_Holder]]]" = {}  # who has noted an exception
+# Who has noted an exception.
+_in_hand: "Dict[int, Tuple[ref[_Holder], ...]]" = {}
+_put_off: "Dict[int, ref[_Connection]]" = {}  # by which connection
 
 # Where a request has what follows it, beside its own attributes.
 _FOLLOWED = "_cyclebreak"
@@ -93,11 +97,17 @@ _FOLLOWED = "_cyclebreak"
 _MOST = 100
 
 
-def _forget_holder(key: int, holder: "ref[_Holder]") -> None:
-    """Forget who had an exception in hand, and is gone since its loop was closed."""
-    others = [each for each in _in_hand.pop(key, ()) if each is not holder]
-    if others:
-        _in_hand[key] = others
+def _forget_holder(holder: "ref[_Holder]") -> None:
+    """Forget who had exceptions in hand, and is gone since its loop was closed."""
+    for key, holders in list(_in_hand.items()):
+        if any(each is holder for each in holders):
+            _take_from_hand(key, holder)
+
+
+def _take_from_hand(key: int, holder: "ref[_Holder]") -> None:
+    holders = _in_hand.pop(key, ())
+    if len(holders) > 1:
+        _in_hand[key] = tuple(each for each in holders if each is not holder)
 
 
 def _name(function: Any) -> str:
@@ -108,29 +118,33 @@ def _name(function: Any) -> str:
 class _Holder:
     """Who has exceptions in hand, and is to be done with them."""
 
-    __slots__ = ("exceptions", "in_hand", "__weakref__")
+    __slots__ = ("exceptions", "in_hand", "reference", "__weakref__")
 
     def __init__(self) -> None:
         self.exceptions: List[BaseException] = []
         self.in_hand: List[int] = []  # the ids of those, and of what they lead to
+        self.reference: Optional[ref[_Holder]] = None
 
     def note(self, root: BaseException) -> None:
         for exc in self.exceptions:
             if exc is root:
                 return
         self.exceptions.append(root)
-        for exc in graph(root):
-            self.in_hand.append(id(exc))
-            forget = partial(_forget_holder, id(exc))
-            _in_hand.setdefault(id(exc), []).append(ref(self, forget))
+        own = self.reference
+        if own is None:
+            own = self.reference = ref(self, _forget_holder)
+        for exc in graph(root) if leads_on(root) else (root,):
+            key = id(exc)
+            self.in_hand.append(key)
+            _in_hand[key] = (*_in_hand.get(key, ()), own)
 
     def _let_go(self) -> None:
-        for key in self.in_hand:
-            holders = _in_hand.pop(key, ())
-            others = [each for each in holders if each() not in (self, None)]
-            if others:
-                _in_hand[key] = others
-        self.in_hand = []
+        own = self.reference
+        if own is not None:
+            for key in self.in_hand:
+                _take_from_hand(key, own)
+            self.in_hand = []
+            self.reference = None
 
     def _take_out(self, roots: List[BaseException]) -> None:
         """Let go of some exceptions, and keep the others in hand."""
@@ -201,10 +215,9 @@ class _Request(_Holder):
             self.end(task)
 
     def end(self, task: "asyncio.Future[Any]") -> None:
-        request = self.request
         try:
-            request.__dict__.pop(_FOLLOWED, None)
-            for kept in internals.kept_exceptions(request):
+            self.request.__dict__.pop(_FOLLOWED, None)
+            for kept in internals.kept_exceptions(self.request):
                 self.note(kept)
             for serving in self.calls:
                 serving.over = True
@@ -212,6 +225,7 @@ class _Request(_Holder):
                     self.note(error)
             self._let_go()
             if self.connection is not None:
+                self.connection.following -= 1
                 self.connection.sever_later_ones()
             if not self.kept:
                 if not self._drop(task):
@@ -228,38 +242,32 @@ class _Request(_Holder):
     def _drop(self, task: "asyncio.Future[Any]") -> bool:
         """Cut only what aiohttp holds, if nobody else holds anything.
 
-        Then the rest goes by itself, in a tenth of the time that severing takes.
+        Then the rest goes by itself, in a fraction of the time that severing takes.
         """
-        if not COUNTS_ARE_EXACT or hdrs.UPGRADE in self.request.headers:
-            return False  # the frames of a websocket's handler are to be looked at
-        for options in self.options:
-            if options.keep is not None or options.on_break is not None:
-                return False
         connection = self.connection
-        if connection is None:
+        if len(self.exceptions) != 1 or connection is None or not COUNTS_ARE_EXACT:
             return False
-        missing = internals.missing_route(self.request)
+        if not all(options.is_plain for options in self.options):
+            return False
+        # The frames of a websocket's handler are to be looked at.
+        if hdrs.UPGRADE in self.request.headers:
+            return False
+        exc = self.exceptions[0]
         response: Any = internals.response_of(task)
-        for exc in self.exceptions:
-            references = sys.getrefcount(exc)
-            # The list, the variable, the argument; for the response, its variable and
-            # the task's result too, its frame, and perhaps that of the connection.
-            known = 3
-            if exc is response:
-                known = 6 + internals.connection_holds(
-                    connection.coroutine, connection.frame, exc
-                )
-            if references != known or exc is missing or leads_on(exc):
-                return False
-            if not owns_its_traceback(exc):
-                return False
-            if exc is response and internals.frame_of_response(exc) is None:
+        # The list, the variable, the argument; for the response, its variable and
+        # the task's result too, its frame, and perhaps that of the connection.
+        known = 3
+        if exc is response:
+            if not internals.was_response(exc):
                 return False  # it was returned
-        for exc in self.exceptions:
-            if exc is response:
-                empty_with_callers(internals.frame_of_response(exc), {})
-            else:
-                detach(exc)
+            known = 6 + internals.connection_holds(
+                connection.coroutine, connection.frame, exc
+            )
+        if sys.getrefcount(exc) != known or leads_on(exc):
+            return False
+        if exc is internals.missing_route(self.request) or not owns_its_traceback(exc):
+            return False
+        detach(exc)
         return True
 
     def _sever(
@@ -469,16 +477,104 @@ def _leave(exceptions: Iterable[BaseException], clear_frames: bool = True) -> No
 class _Connection:
     """A connection that is followed to the end of its task."""
 
-    __slots__ = ("coroutine", "frame", "errors", "unread", "later", "__weakref__")
+    __slots__ = (
+        "coroutine",
+        "frame",
+        "errors",
+        "unread",
+        "later",
+        "following",
+        "key",
+        "raised",
+        "raised_by",
+        "raised_key",
+        "reference",
+        "__weakref__",
+    )
 
     def __init__(self, task: "asyncio.Task[Any]") -> None:
-        # aiohttp 3.14 has the request forget its task before it is done.
+        self.key = id(task)
+        # aiohttp 3.13 has the request forget its task before it is done.
         self.coroutine: Any = task.get_coro()
         self.frame = internals.connection_frame(task)
         self.errors: List[BaseException] = []
         self.unread: Optional[web.BaseRequest] = None
         # Exceptions that somebody had in hand, and whether to clear their frames.
         self.later: Dict[int, Tuple[BaseException, bool]] = {}
+        self.following = 0  # requests by a callback of their task
+        self.raised: Optional[ref[BaseException]] = None
+        self.raised_by: Callable[[], Optional[web.BaseRequest]] = lambda: None
+        self.raised_key = 0
+        self.reference = ref(self, _forget_connection)
+
+    def put_off(self, request: web.BaseRequest, exc: BaseException) -> bool:
+        """Sever what a request has raised only when the connection's next one is done.
+
+        Or at the connection's end.  Until then aiohttp has the exception as well, as
+        the response, in the live frame of the connection's task.
+
+        Returns:
+            Whether that is done; not if the request is followed by a callback, has
+            raised something else before, or there are no weak references to it.
+        """
+        if self.following:
+            return False
+        if self.raised is not None:
+            if self.raised_by() is request:
+                return self.raised() is exc  # it has come to an outer layer
+            self.sever_raised()
+        try:
+            self.raised = ref(exc)
+        except TypeError:
+            return False
+        self.raised_by = ref(request)
+        self.raised_key = key = id(exc)
+        _put_off[key] = self.reference
+        _at_rest.discard(self.key)
+        return True
+
+    def sever_earlier(self, request: web.BaseRequest) -> None:
+        """Sever what was put off, if not by a request that aiohttp is still at."""
+        if self.raised is not None and internals.is_current(request):
+            raised_by = self.raised_by()
+            if raised_by is None or not internals.is_same(raised_by, request):
+                self.sever_raised()
+
+    def take_raised(self) -> Optional[BaseException]:
+        """Forget what was put off.
+
+        Returns:
+            The exception, if somebody still has it.
+        """
+        reference = self.raised
+        if reference is None:
+            return None
+        self.raised = None
+        _at_rest.add(self.key)
+        if _put_off.get(self.raised_key) is self.reference:  # or another is there now
+            del _put_off[self.raised_key]
+        return reference()
+
+    def sever_raised(self, known: int = 4) -> None:
+        """Sever what was put off, if somebody still has it.
+
+        Args:
+            known: how many references there are if nobody has it but aiohttp: of the
+                variable, of the argument, of the frame of the request's task, and of
+                that of the connection's for as long as it goes on.
+        """
+        exc = self.take_raised()
+        if exc is None:
+            return
+        if sys.getrefcount(exc) == known and internals.was_response(exc):
+            if owns_its_traceback(exc):
+                detach(exc)  # and all of it goes by itself
+                return
+        sorted_out = _sort_out([exc], lambda exc: False, _InUse())
+        for _, own in sorted_out.ready:
+            sever(own, spare=sorted_out.spare)
+        for exc in sorted_out.in_flight:
+            self.later[id(exc)] = exc, True
 
     def sever_later_ones(self) -> None:
         for key, (exc, clear_frames) in list(self.later.items()):
@@ -488,8 +584,8 @@ class _Connection:
 
     def done(self, task: "asyncio.Future[Any]") -> None:
         try:
-            _connections.pop(id(task), None)
             empty_with_callers(self.frame, {})
+            self.sever_raised(known=3)
             if self.unread is not None:
                 internals.release_payload(self.unread)
             self.sever_later_ones()
@@ -500,6 +596,8 @@ class _Connection:
         except Exception:
             _complain("severing a connection")
         finally:
+            _connections.pop(self.key, None)
+            _at_rest.discard(self.key)
             self.coroutine = self.frame = None
             self.errors = []
             self.unread = None
@@ -711,20 +809,26 @@ def _take_part(followed: _Request, serving: _Serving) -> None:
             followed.options.append(options)
 
 
-def _connection_of(request: web.BaseRequest) -> Optional[_Connection]:
-    found = _connections.get(id(request.task))
-    return None if found is None else found()
-
-
-def follow_connection(task: Any) -> None:
+def follow_connection(task: Any) -> "Optional[_Connection]":
     """Follow a connection to the end of its task, if it is not followed yet."""
-    if id(task) in _connections or not isinstance(task, asyncio.Task):
-        return  # a mocked request has no task
     key = id(task)
-    connection = _Connection(task)
-    # The callback is given the reference, which is then the default of pop().
-    _connections[key] = ref(connection, partial(_connections.pop, key))
-    task.add_done_callback(connection.done)
+    found = _connections.get(key)
+    connection = None if found is None else found()
+    if connection is None and isinstance(task, asyncio.Task):  # a mock has none
+        connection = _Connection(task)
+        _connections[key] = connection.reference
+        _at_rest.add(key)
+        task.add_done_callback(connection.done)
+    return connection
+
+
+def _forget_connection(reference: "ref[_Connection]") -> None:
+    """Forget one that is gone without an end, since its loop was closed."""
+    for key in [key for key, each in _connections.items() if each is reference]:
+        del _connections[key]
+        _at_rest.discard(key)
+    for key in [key for key, each in _put_off.items() if each is reference]:
+        del _put_off[key]
 
 
 def note_parser_error(task: Any, exc: BaseException) -> None:
@@ -744,10 +848,15 @@ def _follow(request: web.BaseRequest, options: Optional[Options]) -> Optional[_R
         task = internals.request_task(request)
         if task is None:
             return None
-        follow_connection(request.task)
-        connection = _connection_of(request)
+        connection = follow_connection(request.task)
         followed = request.__dict__[_FOLLOWED] = _Request(request, connection)
         task.add_done_callback(followed.done)
+        if connection is not None:
+            connection.following += 1
+            connection.sever_earlier(request)
+            raised = connection.take_raised()
+            if raised is not None:
+                followed.note(raised)
     if options is not None and not any(each is options for each in followed.options):
         followed.options.append(options)
     if _calls_are_followed:
@@ -762,11 +871,50 @@ def note(request: web.BaseRequest, exc: BaseException, options: Options) -> None
     if type(exc) is GeneratorExit:  # the coroutine is thrown away, not the request
         return
     try:
+        if (
+            sys.getrefcount(exc) == _UNSHARED
+            and options.is_plain
+            and not _calls_are_followed
+            and internals.is_plain(request)
+            and not leads_on(exc)
+        ):
+            # Nobody else has it: for most that are raised a callback would cost more.
+            connection = follow_connection(request.task)
+            if connection is not None and connection.put_off(request, exc):
+                return
         followed = _follow(request, options)
         if followed is not None:
             followed.note(exc)
     except Exception:
         _complain("noting an exception")
+
+
+def _count_references(exc: BaseException) -> int:
+    return sys.getrefcount(exc)
+
+
+async def _raise() -> None:
+    raise Exception
+
+
+async def _count_when_caught() -> int:
+    try:
+        await _raise()
+    except BaseException as exc:
+        return _count_references(exc)
+    raise AssertionError
+
+
+def _run_at_once(coroutine: "Coroutine[Any, Any, int]") -> int:
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return int(stop.value)
+    raise AssertionError
+
+
+# How many references to an exception note() counts if nobody else has any.
+_UNSHARED = _run_at_once(_count_when_caught()) if COUNTS_ARE_EXACT else -1
 
 
 def leave_alone(request: web.BaseRequest, kept: bool) -> None:
@@ -789,22 +937,31 @@ def passed(
     response that is no websocket.  A connection is followed from its first request.
     """
     try:
-        if id(request.task) not in _connections:
-            follow_connection(request.task)
-        if not internals.keeps_nothing(request):
-            _follow(request, options)
-        # isinstance() is asked last: the class is abstract, which makes it slow.
-        if type(response) is not web.Response:
-            error: Any = response  # an HTTPException that was caught and returned
-            if isinstance(response, web.WebSocketResponse):
-                _follow(request, options)
-                error = response.exception()
-            if isinstance(error, BaseException):
-                note(request, error, options)
-        if _calls_are_followed:
-            _look_at_calls(request, options)
+        task = internals.connection_of_plain(request, response)
+        if task is None or id(task) not in _at_rest or _calls_are_followed:
+            _look_at(request, response, options)
     except Exception:
         _complain("looking at a request")
+
+
+def _look_at(
+    request: web.Request, response: web.StreamResponse, options: Options
+) -> None:
+    connection = follow_connection(request.task)
+    if connection is not None:
+        connection.sever_earlier(request)
+    if not internals.keeps_nothing(request):
+        _follow(request, options)
+    # isinstance() is asked last: the class is abstract, which makes it slow.
+    if type(response) is not web.Response:
+        error: Any = response  # an HTTPException that was caught and returned
+        if isinstance(response, web.WebSocketResponse):
+            _follow(request, options)
+            error = response.exception()
+        if isinstance(error, BaseException):
+            note(request, error, options)
+    if _calls_are_followed:
+        _look_at_calls(request, options)
 
 
 def _look_at_calls(request: web.Request, options: Options) -> None:
@@ -820,7 +977,17 @@ def _look_at_calls(request: web.Request, options: Options) -> None:
 
 
 def _somebody_has(exc: BaseException) -> bool:
-    return any(holder() is not None for holder in _in_hand.get(id(exc), ()))
+    for holder in _in_hand.get(id(exc), ()):
+        if holder() is not None:
+            return True
+    found = _put_off.get(id(exc))
+    connection = None if found is None else found()
+    if connection is None or connection.raised is None:
+        return False
+    request = connection.raised_by()
+    if connection.raised() is not exc or request is None:
+        return False
+    return internals.is_being_answered(request)
 
 
 def _websocket_errors(

@@ -15,17 +15,19 @@ from typing import Any, Callable, Iterator, List, Optional, Tuple, Type
 from weakref import WeakValueDictionary
 
 import aiohttp
-from aiohttp import web, web_app, web_protocol
+from aiohttp import hdrs, web, web_app, web_protocol
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_urldispatcher import SystemRoute
 
-from .sever import frames_of, is_exception
+from .sever import is_exception, traceback_of
 
 __all__ = (
     "KEEPS_FIRST_ATTEMPTS",
     "GuardedProtocol",
     "body_size",
     "connection_frame",
+    "connection_holds",
+    "connection_of_plain",
     "error_of_call",
     "follow_attempts",
     "follow_websockets",
@@ -33,6 +35,10 @@ __all__ = (
     "frame_of_response",
     "guard_connections",
     "is_awaited",
+    "is_being_answered",
+    "is_current",
+    "is_plain",
+    "is_same",
     "is_websocket_of",
     "keeps_nothing",
     "kept_exceptions",
@@ -47,6 +53,7 @@ __all__ = (
     "response_of",
     "run_middlewares",
     "subapps",
+    "was_response",
 )
 
 
@@ -69,30 +76,33 @@ def request_task(request: web.BaseRequest) -> "Optional[asyncio.Task[Any]]":
     Returns:
         The task, or None when the request is not being served (a mocked one).
     """
+    connection = request.task
     try:
-        running = asyncio.get_running_loop()
+        current = asyncio.current_task()
+        running = asyncio.get_running_loop() if current is None else current.get_loop()
     except RuntimeError:
         return None  # the coroutine is thrown away
-    if getattr(request.task, "get_loop", lambda: running)() is not running:
+    loop_of = getattr(connection, "get_loop", None)
+    if loop_of is None or loop_of() is not running:
         return None  # as above, while another loop happens to run
-    current = asyncio.current_task()
     if current is not None:
         if getattr(current.get_coro(), "cr_code", None) is _HANDLE_REQUEST:
             return current
     # In a task of the application's own: aiohttp must still be at this request.
-    served = getattr(request.protocol, "_current_request", None)
-    if getattr(served, "_payload_writer", None) is not request.writer:
+    if not is_current(request):
         return None
-    waiting_for = getattr(request.task, "_fut_waiter", None)
+    waiting_for = getattr(connection, "_fut_waiter", None)
     return waiting_for if isinstance(waiting_for, asyncio.Task) else None
 
 
 def is_awaited(request: web.BaseRequest, task: "asyncio.Future[Any]") -> bool:
     """Whether the connection's task has yet to learn that a request's is done.
 
+    aiohttp: ``BaseRequest._task``, which is None from 3.13 on once it has learned.
     asyncio: ``Task._fut_waiter``, 3.8 to 3.14.  Without it the answer is yes.
     """
-    return getattr(request.task, "_fut_waiter", task) is task
+    connection = request.task
+    return connection is not None and getattr(connection, "_fut_waiter", task) is task
 
 
 def response_of(task: "asyncio.Future[Any]") -> Optional[web.StreamResponse]:
@@ -148,10 +158,18 @@ def frame_of_response(exc: BaseException) -> Optional[FrameType]:
 
     aiohttp: the local ``resp`` of ``RequestHandler._handle_request``, 3.8 to 3.14.
     """
-    outermost = next(frames_of(exc), None)
-    if outermost is not None and outermost.f_code is _HANDLE_REQUEST:
-        return outermost
+    traceback = traceback_of(exc)
+    if traceback is not None and traceback.tb_frame.f_code is _HANDLE_REQUEST:
+        return traceback.tb_frame
     return None
+
+
+def was_response(exc: BaseException) -> bool:
+    """Whether an exception was the response, and so is held by aiohttp's own frames.
+
+    aiohttp: as for :func:`frame_of_response`.
+    """
+    return isinstance(exc, web.HTTPException) and frame_of_response(exc) is not None
 
 
 def connection_frame(task: "asyncio.Task[Any]") -> Optional[FrameType]:
@@ -169,7 +187,13 @@ _PAYLOAD_ACCESS_ERROR: Optional[BaseException] = getattr(
 )
 
 
-def keeps_nothing(request: web.Request) -> bool:
+# Bound once: these are looked up for every request.
+_MatchInfo = web.UrlMappingMatchInfo
+_Response = web.Response
+_UPGRADE = hdrs.UPGRADE
+
+
+def keeps_nothing(request: Any) -> bool:
     """Whether a request has no body, nothing stored, and a route.
 
     aiohttp: ``BaseRequest._payload`` and ``._state``, ``Request._match_info``, 3.8
@@ -179,10 +203,80 @@ def keeps_nothing(request: web.Request) -> bool:
         return (
             request._payload is EMPTY_PAYLOAD
             and not request._state
-            and type(request._match_info) is web.UrlMappingMatchInfo
+            and type(request._match_info) is _MatchInfo
         )
     except AttributeError:
         return False
+
+
+def is_plain(request: Any) -> bool:
+    """Whether a request keeps nothing, asks for no websocket and is being handled.
+
+    aiohttp: as :func:`keeps_nothing`, ``BaseRequest._headers`` and ``._protocol``,
+    ``RequestHandler._current_request``, 3.8 to 3.14.  Without them the answer is no.
+    """
+    try:
+        return (
+            request._payload is EMPTY_PAYLOAD
+            and not request._state
+            and type(request._match_info) is _MatchInfo
+            and request._protocol._current_request is request
+            and _UPGRADE not in request._headers
+        )
+    except AttributeError:
+        return False
+
+
+def is_same(request: Any, other: Any) -> bool:
+    """Whether two requests are one, or one is a clone of the other.
+
+    aiohttp: ``BaseRequest._payload_writer``, 3.8 to 3.14, which clones share.
+    """
+    return request.writer is other.writer
+
+
+def is_current(request: web.BaseRequest) -> bool:
+    """Whether a request's connection is at this request, and its handler is running.
+
+    aiohttp: ``RequestHandler._current_request``, 3.8 to 3.14.  Without it the answer
+    is no.
+    """
+    current = getattr(request.protocol, "_current_request", None)
+    return current is not None and is_same(current, request)
+
+
+def is_being_answered(request: web.BaseRequest) -> bool:
+    """Whether a request's connection waits for the task of a request.
+
+    asyncio: ``Task._fut_waiter``, 3.8 to 3.14.
+    """
+    return hasattr(getattr(request.task, "_fut_waiter", None), "get_coro")
+
+
+def connection_of_plain(
+    request: Any, response: object
+) -> "Optional[asyncio.Task[Any]]":
+    """The connection's task, if a request and its response keep nothing of each other.
+
+    That is so of most: see :func:`keeps_nothing`.  It is written out here, since this
+    runs for every request that succeeds.
+
+    aiohttp: as there, and ``BaseRequest._task``, 3.8 to 3.14.
+
+    Returns:
+        The task; None when there is more to look at.
+    """
+    try:
+        if (
+            type(response) is _Response
+            and request._payload is EMPTY_PAYLOAD
+            and not request._state
+            and type(request._match_info) is _MatchInfo
+        ):
+            return request._task  # type: ignore[no-any-return]
+    except AttributeError:
+        pass
+    return None
 
 
 def kept_exceptions(request: web.BaseRequest) -> List[BaseException]:
@@ -266,16 +360,19 @@ def route_of(request: web.BaseRequest) -> Any:
 
 def connection_holds(
     coroutine: Any, frame: Optional[FrameType], response: object
-) -> int:
-    """How often the coroutine of a connection's task refers to a response.
+) -> bool:
+    """Whether the coroutine of a connection's task refers to a response.
 
     The collector is asked: reading the locals of a frame that goes on would leave
     references to them in it, before Python 3.13.
 
     aiohttp: the local ``resp`` of ``RequestHandler.start``, 3.8 to 3.14.
     """
-    owners = [each for each in (coroutine, frame) if each is not None]
-    return sum(each is response for each in gc.get_referents(*owners))
+    # From CPython 3.11 on the locals are the coroutine's until it is over.
+    for each in gc.get_referents(coroutine, frame):
+        if each is response:
+            return True
+    return False
 
 
 def missing_route(request: web.BaseRequest) -> Optional[web.HTTPException]:

@@ -3,7 +3,7 @@
 import inspect
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, Optional, Set, Type
 
 from aiohttp import web
@@ -74,6 +74,13 @@ class Options:
     keep: Optional[Callable[[web.Request, BaseException], bool]] = None
     on_break: Optional[Callable[[BreakEvent], Any]] = None
     release_body: bool = False
+
+    is_plain: bool = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Nobody is to be asked or told, and frames are emptied: asked for each request.
+        is_plain = self.clear_frames and self.keep is None and self.on_break is None
+        object.__setattr__(self, "is_plain", is_plain)
 
 
 def make_options(

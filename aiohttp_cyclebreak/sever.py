@@ -5,7 +5,6 @@ still prints in full (file, line and function live in code objects), so whoever
 holds the exception for longer than the request loses no line of it.
 """
 
-import builtins
 import contextlib
 import dis
 import gc
@@ -40,6 +39,7 @@ __all__ = (
     "leads_on",
     "owns_its_traceback",
     "sever",
+    "traceback_of",
 )
 
 # Read and written through the descriptors of BaseException itself: a subclass may
@@ -48,6 +48,9 @@ _TRACEBACK: Any = BaseException.__dict__["__traceback__"]
 _CAUSE: Any = BaseException.__dict__["__cause__"]
 _CONTEXT: Any = BaseException.__dict__["__context__"]
 _SUPPRESS_CONTEXT: Any = BaseException.__dict__["__suppress_context__"]
+_get_traceback = _TRACEBACK.__get__
+_get_cause = _CAUSE.__get__
+_get_context = _CONTEXT.__get__
 
 # From CPython 3.14 on, and without a global interpreter lock, sys.getrefcount() does
 # not count every reference.
@@ -88,7 +91,24 @@ if sys.version_info >= (3, 11):
         # in CPython's Objects/frameobject.c shows the collector neither.
         code = frame.f_code
         # By identity: a namespace of the frame's may refuse to be compared.
-        return any(each is code for each in gc.get_referents(frame))
+        for each in gc.get_referents(frame):
+            if each is code:  # which comes before all locals
+                return True
+        return False
+
+    def _was_looked_at(frame: FrameType) -> bool:
+        """Whether somebody has read ``f_locals`` of a frame, as Sentry does.
+
+        It left a dict of them in the frame, which ``clear()`` forgets: asking for it
+        again brings it up to date.
+        """
+        code = frame.f_code
+        for each in gc.get_referents(frame):
+            if each is code:
+                return False
+            if type(each) is dict:
+                return True
+        return True
 
 else:
     _YIELD_VALUE = dis.opmap["YIELD_VALUE"]
@@ -115,6 +135,10 @@ else:
             and code.co_code[last + 2 : last + 3] != bytes((_YIELD_FROM,))
         )
 
+    def _was_looked_at(frame: FrameType) -> bool:
+        """As from 3.11 on; here the frame does not tell."""
+        return True
+
 
 def local_values(frame: FrameType) -> List[Any]:
     """The values of a function's locals; a namespace of another's is not asked."""
@@ -130,7 +154,7 @@ def is_exception(value: Any) -> bool:
 
 def traceback_of(exc: BaseException) -> Optional[TracebackType]:
     """The exception's traceback, whatever its class makes of the attribute."""
-    traceback: Optional[TracebackType] = _TRACEBACK.__get__(exc)
+    traceback: Optional[TracebackType] = _get_traceback(exc)
     return traceback
 
 
@@ -143,9 +167,9 @@ def frames_of(exc: BaseException) -> Iterator[FrameType]:
 
 
 if sys.version_info >= (3, 11):
-
+    # What an exception says of its class may be a lie: its type is asked.
     def _group_type() -> Any:
-        return builtins.BaseExceptionGroup
+        return BaseExceptionGroup
 
 else:
 
@@ -155,10 +179,19 @@ else:
         return getattr(backport, "BaseExceptionGroup", ())
 
 
+def leads_on(exc: BaseException) -> bool:
+    """Whether an exception has a cause, a context or members."""
+    return (
+        _get_cause(exc) is not None
+        or _get_context(exc) is not None
+        or issubclass(type(exc), _group_type())
+    )
+
+
 def _links(exc: BaseException) -> List[Tuple[Any, BaseException]]:
-    cause, context = _CAUSE.__get__(exc), _CONTEXT.__get__(exc)
+    cause, context = _get_cause(exc), _get_context(exc)
     group = _group_type()
-    is_group = issubclass(type(exc), group)  # what it says of itself may be a lie
+    is_group = issubclass(type(exc), group)
     if cause is None and context is None and not is_group:
         return []
     links = [(_CAUSE, cause)] if cause is not None else []
@@ -205,7 +238,7 @@ def in_flight(exc: BaseException, running: Container[int] = ()) -> bool:
         running: the ids of frames that do not count: their tasks are known not to
             have it in hand.
     """
-    traceback = _TRACEBACK.__get__(exc)
+    traceback = _get_traceback(exc)
     while traceback is not None:
         frame = traceback.tb_frame
         if not is_finished(frame) and not frame.f_code.co_flags & _GENERATOR:
@@ -322,13 +355,13 @@ def empty(frame: FrameType) -> bool:
         frame.clear()
     except RuntimeError:  # it executes, in this thread or in another
         return False
-    if type(times) is _Times:  # which clear() forgets
+    if times is not None and type(times) is _Times:  # which clear() forgets
         frame.f_trace = times  # type: ignore[assignment]
-    if sys.version_info < (3, 13):
-        # Who looked at f_locals (Sentry does) left a dict of them in the frame,
-        # which clear() forgets: asking for it again brings it up to date.
-        with contextlib.suppress(Exception):  # a namespace that is no plain dict
+    if sys.version_info < (3, 13) and _was_looked_at(frame):
+        try:
             frame.f_locals  # noqa: B018
+        except Exception:  # a namespace that is no plain dict
+            pass
     # Jinja makes a frame for each line of a template; its globals hold the exception.
     dict.pop(frame.f_globals, "__jinja_exception__", None)
     return True
@@ -409,30 +442,26 @@ else:
         """Before CPython 3.11 a frame does not hold its function."""
 
 
-def leads_on(exc: BaseException) -> bool:
-    """Whether an exception has a cause, a context or members."""
-    return bool(_links(exc))
-
-
 def owns_its_traceback(exc: BaseException) -> bool:
     """Whether an exception's frames go with its traceback, and that with it.
 
     If something else refers to one of them, another exception that was caught there
     or a generator that is suspended, taking the traceback off frees nothing.
     """
-    traceback = _TRACEBACK.__get__(exc)
+    count = sys.getrefcount
+    traceback = _get_traceback(exc)
     inner = outer = None
     while traceback is not None:
         # The exception or the entry before, the variable, the argument.
-        if sys.getrefcount(traceback) != 3:
+        if count(traceback) != 3:
             return False
         inner = traceback.tb_frame
         # Its entry, the variable, the argument; and the frame that it called.
-        if outer is not None and sys.getrefcount(outer) != 3 + (inner.f_back is outer):
+        if outer is not None and count(outer) != 3 + (inner.f_back is outer):
             return False
         outer = inner
         traceback = traceback.tb_next
-    return inner is None or sys.getrefcount(inner) == 4  # of two variables
+    return inner is None or count(inner) == 4  # of two variables
 
 
 def detach(exc: BaseException) -> None:
@@ -504,7 +533,7 @@ def _forget_older_times(exc: BaseException, emptied: Container[int]) -> None:
     entries: List[TracebackType] = []
     newer = 0  # how many entries there are up to the last one of this time
     new: Set[int] = set()  # it may go through a frame twice, caught and raised again
-    entry = _TRACEBACK.__get__(exc)
+    entry = _get_traceback(exc)
     while entry is not None:
         frame = entry.tb_frame
         if id(frame) in emptied:

@@ -465,9 +465,17 @@ def test_an_error_in_a_callback_is_logged_once(option: str, log: List[str]) -> N
 
 
 @pytest.mark.expects_complaint
-@pytest.mark.parametrize("function", ["graph", "leads_on"])
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        ("leads_on", {}),
+        ("owns_its_traceback", {}),
+        ("graph", {"keep": lambda request, exc: False}),
+    ],
+    ids=["noted", "severed", "severed when the task is done"],
+)
 def test_an_error_of_our_own_is_logged_once(
-    function: str, monkeypatch: pytest.MonkeyPatch, log: List[str]
+    function: str, options: Any, monkeypatch: pytest.MonkeyPatch, log: List[str]
 ) -> None:
     """It never reaches the client: while an exception is noted, or severed."""
 
@@ -478,7 +486,7 @@ def test_an_error_of_our_own_is_logged_once(
 
     async def main() -> List[Any]:
         app = application()
-        setup(app)
+        setup(app, **options)
         async with serve(app) as service:
             answers = [await service.ask("/item/a") for _ in range(3)]
             await service.settle()
