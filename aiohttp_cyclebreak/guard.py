@@ -566,10 +566,13 @@ class _Connection:
         exc = self.take_raised()
         if exc is None:
             return
-        if sys.getrefcount(exc) == known and internals.was_response(exc):
-            if owns_its_traceback(exc):
-                detach(exc)  # and all of it goes by itself
-                return
+        if (
+            sys.getrefcount(exc) == known
+            and internals.was_response(exc)
+            and owns_its_traceback(exc)
+        ):
+            detach(exc)  # and all of it goes by itself
+            return
         sorted_out = _sort_out([exc], lambda exc: False, _InUse())
         for _, own in sorted_out.ready:
             sever(own, spare=sorted_out.spare)
@@ -678,19 +681,19 @@ class _Caller(_Holder):
             self.note(exc)
 
 
-_calls_are_followed = False
+calls_are_followed = False
 _serving: "ContextVar[Optional[_Serving]]" = ContextVar("_serving", default=None)
 
 
 def follow_calls() -> None:
     """Follow outgoing calls from now on; until then they cost a request nothing."""
-    global _calls_are_followed
-    _calls_are_followed = True
+    global calls_are_followed
+    calls_are_followed = True
 
 
 def begin(request: web.BaseRequest, options: Options) -> None:
     """Make the outgoing calls that follow, here and in child tasks, the request's."""
-    if not _calls_are_followed:
+    if not calls_are_followed:
         return
     try:
         serving = _serving.get()
@@ -859,7 +862,7 @@ def _follow(request: web.BaseRequest, options: Optional[Options]) -> Optional[_R
                 followed.note(raised)
     if options is not None and not any(each is options for each in followed.options):
         followed.options.append(options)
-    if _calls_are_followed:
+    if calls_are_followed:
         serving = _calls_of(request)
         if serving is not None:
             _take_part(followed, serving)
@@ -871,17 +874,18 @@ def note(request: web.BaseRequest, exc: BaseException, options: Options) -> None
     if type(exc) is GeneratorExit:  # the coroutine is thrown away, not the request
         return
     try:
+        # Nobody else has most of what is raised, and a callback for it would cost more.
         if (
             sys.getrefcount(exc) == _UNSHARED
             and options.is_plain
-            and not _calls_are_followed
-            and internals.is_plain(request)
+            and not calls_are_followed
             and not leads_on(exc)
         ):
-            # Nobody else has it: for most that are raised a callback would cost more.
-            connection = follow_connection(request.task)
-            if connection is not None and connection.put_off(request, exc):
-                return
+            task = internals.connection_of_raising(request)
+            if task is not None:
+                connection = follow_connection(task)
+                if connection is not None and connection.put_off(request, exc):
+                    return
         followed = _follow(request, options)
         if followed is not None:
             followed.note(exc)
@@ -938,7 +942,7 @@ def passed(
     """
     try:
         task = internals.connection_of_plain(request, response)
-        if task is None or id(task) not in _at_rest or _calls_are_followed:
+        if task is None or id(task) not in _at_rest or calls_are_followed:
             _look_at(request, response, options)
     except Exception:
         _complain("looking at a request")
@@ -960,7 +964,7 @@ def _look_at(
             error = response.exception()
         if isinstance(error, BaseException):
             note(request, error, options)
-    if _calls_are_followed:
+    if calls_are_followed:
         _look_at_calls(request, options)
 
 

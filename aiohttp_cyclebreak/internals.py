@@ -28,16 +28,15 @@ __all__ = (
     "connection_frame",
     "connection_holds",
     "connection_of_plain",
+    "connection_of_raising",
     "error_of_call",
     "follow_attempts",
     "follow_websockets",
     "forget_missing_route",
-    "frame_of_response",
     "guard_connections",
     "is_awaited",
     "is_being_answered",
     "is_current",
-    "is_plain",
     "is_same",
     "is_websocket_of",
     "keeps_nothing",
@@ -101,7 +100,7 @@ def is_awaited(request: web.BaseRequest, task: "asyncio.Future[Any]") -> bool:
     aiohttp: ``BaseRequest._task``, which is None from 3.13 on once it has learned.
     asyncio: ``Task._fut_waiter``, 3.8 to 3.14.  Without it the answer is yes.
     """
-    connection = request.task
+    connection: Any = request.task
     return connection is not None and getattr(connection, "_fut_waiter", task) is task
 
 
@@ -153,23 +152,17 @@ def release_websocket(
     response._req = None
 
 
-def frame_of_response(exc: BaseException) -> Optional[FrameType]:
-    """Aiohttp's own frame that holds an exception which was raised as the response.
+def was_response(exc: BaseException) -> bool:
+    """Whether an exception was raised as the response, and so is held by aiohttp.
 
     aiohttp: the local ``resp`` of ``RequestHandler._handle_request``, 3.8 to 3.14.
     """
-    traceback = traceback_of(exc)
-    if traceback is not None and traceback.tb_frame.f_code is _HANDLE_REQUEST:
-        return traceback.tb_frame
-    return None
-
-
-def was_response(exc: BaseException) -> bool:
-    """Whether an exception was the response, and so is held by aiohttp's own frames.
-
-    aiohttp: as for :func:`frame_of_response`.
-    """
-    return isinstance(exc, web.HTTPException) and frame_of_response(exc) is not None
+    outermost = traceback_of(exc)
+    return (
+        outermost is not None
+        and outermost.tb_frame.f_code is _HANDLE_REQUEST
+        and isinstance(exc, web.HTTPException)
+    )
 
 
 def connection_frame(task: "asyncio.Task[Any]") -> Optional[FrameType]:
@@ -209,22 +202,29 @@ def keeps_nothing(request: Any) -> bool:
         return False
 
 
-def is_plain(request: Any) -> bool:
-    """Whether a request keeps nothing, asks for no websocket and is being handled.
+def connection_of_raising(request: Any) -> "Optional[asyncio.Task[Any]]":
+    """The connection's task, if a request that raises keeps nothing.
 
-    aiohttp: as :func:`keeps_nothing`, ``BaseRequest._headers`` and ``._protocol``,
-    ``RequestHandler._current_request``, 3.8 to 3.14.  Without them the answer is no.
+    And asks for no websocket, and is the one that is being handled.
+
+    aiohttp: as :func:`keeps_nothing`, ``BaseRequest._headers``, ``._protocol`` and
+    ``._task``, ``RequestHandler._current_request``, 3.8 to 3.14.
+
+    Returns:
+        The task; None when there is more to look at.
     """
     try:
-        return (
+        if (
             request._payload is EMPTY_PAYLOAD
             and not request._state
             and type(request._match_info) is _MatchInfo
             and request._protocol._current_request is request
             and _UPGRADE not in request._headers
-        )
+        ):
+            return request._task  # type: ignore[no-any-return]
     except AttributeError:
-        return False
+        pass
+    return None
 
 
 def is_same(request: Any, other: Any) -> bool:
@@ -369,7 +369,7 @@ def connection_holds(
     aiohttp: the local ``resp`` of ``RequestHandler.start``, 3.8 to 3.14.
     """
     # From CPython 3.11 on the locals are the coroutine's until it is over.
-    for each in gc.get_referents(coroutine, frame):
+    for each in gc.get_referents(coroutine, frame):  # noqa: SIM110 - as in sever
         if each is response:
             return True
     return False
@@ -477,7 +477,7 @@ def lacks() -> List[str]:
 def guard_connections(
     server: web.Server,
     *,
-    connected: Callable[[Any], None],
+    connected: Callable[[Any], Any],
     refused: Callable[[Any, BaseException], None],
     around: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> bool:

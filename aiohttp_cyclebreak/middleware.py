@@ -6,7 +6,7 @@ from weakref import WeakSet
 
 from aiohttp import web
 
-from . import internals
+from . import guard, internals
 from .guard import begin, note, passed
 from .options import BreakEvent, Options, make_options, switched_off
 
@@ -144,7 +144,8 @@ def _make_layer(options: Options) -> "Middleware":
     async def cyclebreak_middleware(
         request: web.Request, handler: "Handler"
     ) -> web.StreamResponse:
-        begin(request, options)
+        if guard.calls_are_followed:
+            begin(request, options)
         try:
             response = await handler(request)
         except BaseException as exc:

@@ -5,6 +5,7 @@ still prints in full (file, line and function live in code objects), so whoever
 holds the exception for longer than the request loses no line of it.
 """
 
+import builtins
 import contextlib
 import dis
 import gc
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from types import FrameType, FunctionType, TracebackType
 from typing import (
     Any,
+    Callable,
     Container,
     Dict,
     Iterable,
@@ -48,7 +50,6 @@ _TRACEBACK: Any = BaseException.__dict__["__traceback__"]
 _CAUSE: Any = BaseException.__dict__["__cause__"]
 _CONTEXT: Any = BaseException.__dict__["__context__"]
 _SUPPRESS_CONTEXT: Any = BaseException.__dict__["__suppress_context__"]
-_get_traceback = _TRACEBACK.__get__
 _get_cause = _CAUSE.__get__
 _get_context = _CONTEXT.__get__
 
@@ -91,8 +92,8 @@ if sys.version_info >= (3, 11):
         # in CPython's Objects/frameobject.c shows the collector neither.
         code = frame.f_code
         # By identity: a namespace of the frame's may refuse to be compared.
-        for each in gc.get_referents(frame):
-            if each is code:  # which comes before all locals
+        for each in gc.get_referents(frame):  # noqa: SIM110 - a generator takes longer
+            if each is code:
                 return True
         return False
 
@@ -152,10 +153,8 @@ def is_exception(value: Any) -> bool:
     return issubclass(type(value), BaseException)
 
 
-def traceback_of(exc: BaseException) -> Optional[TracebackType]:
-    """The exception's traceback, whatever its class makes of the attribute."""
-    traceback: Optional[TracebackType] = _get_traceback(exc)
-    return traceback
+# The exception's traceback, whatever its class makes of the attribute.
+traceback_of: Callable[[BaseException], Optional[TracebackType]] = _TRACEBACK.__get__
 
 
 def frames_of(exc: BaseException) -> Iterator[FrameType]:
@@ -166,17 +165,14 @@ def frames_of(exc: BaseException) -> Iterator[FrameType]:
         traceback = traceback.tb_next
 
 
-if sys.version_info >= (3, 11):
-    # What an exception says of its class may be a lie: its type is asked.
-    def _group_type() -> Any:
-        return BaseExceptionGroup
+# Before CPython 3.11 it is of a backport, which who uses it has imported.
+_Group: Any = getattr(builtins, "BaseExceptionGroup", None)
 
-else:
 
-    def _group_type() -> Any:
-        # The backport is looked up, not imported: who uses it has imported it.
-        backport = sys.modules.get("exceptiongroup")
-        return getattr(backport, "BaseExceptionGroup", ())
+def _group_type() -> Any:
+    if _Group is not None:
+        return _Group
+    return getattr(sys.modules.get("exceptiongroup"), "BaseExceptionGroup", ())
 
 
 def leads_on(exc: BaseException) -> bool:
@@ -184,7 +180,8 @@ def leads_on(exc: BaseException) -> bool:
     return (
         _get_cause(exc) is not None
         or _get_context(exc) is not None
-        or issubclass(type(exc), _group_type())
+        # What it says of itself may be a lie: its type is asked.
+        or issubclass(type(exc), _Group or _group_type())
     )
 
 
@@ -238,7 +235,7 @@ def in_flight(exc: BaseException, running: Container[int] = ()) -> bool:
         running: the ids of frames that do not count: their tasks are known not to
             have it in hand.
     """
-    traceback = _get_traceback(exc)
+    traceback = traceback_of(exc)
     while traceback is not None:
         frame = traceback.tb_frame
         if not is_finished(frame) and not frame.f_code.co_flags & _GENERATOR:
@@ -449,7 +446,7 @@ def owns_its_traceback(exc: BaseException) -> bool:
     or a generator that is suspended, taking the traceback off frees nothing.
     """
     count = sys.getrefcount
-    traceback = _get_traceback(exc)
+    traceback = traceback_of(exc)
     inner = outer = None
     while traceback is not None:
         # The exception or the entry before, the variable, the argument.
@@ -533,7 +530,7 @@ def _forget_older_times(exc: BaseException, emptied: Container[int]) -> None:
     entries: List[TracebackType] = []
     newer = 0  # how many entries there are up to the last one of this time
     new: Set[int] = set()  # it may go through a frame twice, caught and raised again
-    entry = _get_traceback(exc)
+    entry = traceback_of(exc)
     while entry is not None:
         frame = entry.tb_frame
         if id(frame) in emptied:
