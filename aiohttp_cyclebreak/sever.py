@@ -540,7 +540,7 @@ def _forget_older_times(exc: BaseException, emptied: Container[int]) -> None:
             if id(frame) in new or id(exc) not in times:
                 newer = len(entries) + 1
                 new.add(id(frame))
-                frame.f_trace = _Times((*times, id(exc)))
+                frame.f_trace = _Times((*times, id(exc)))  # type: ignore[assignment]
             elif newer:
                 head = None
                 # Copied: another exception may share the entries.
