@@ -7,7 +7,13 @@ from typing import Any
 import aiohttp
 
 from . import internals
-from .guard import follow_calls, note_call, note_failed_call, note_successful_call
+from .guard import (
+    follow_calls,
+    note_call,
+    note_failed_call,
+    note_last_attempt,
+    note_successful_call,
+)
 from .options import switched_off
 
 __all__ = ("client_cyclebreak",)
@@ -41,9 +47,8 @@ def client_cyclebreak() -> aiohttp.TraceConfig:
     late; what is gone are the locals of functions that have ended.
 
     No exception is held for longer than the request or the task, but weakly.  Responses
-    and connections are followed by weak references.  A session that opens a websocket
-    makes it of a subclass of its ``ws_response_class``, and up to aiohttp 3.11.13
-    its requests of one of its ``request_class``; no class is changed.
+    are followed by weak references.  A session that opens a websocket makes it of a
+    subclass of its ``ws_response_class``; no class is changed.
 
     With ``AIOHTTP_CYCLEBREAK=off`` it traces nothing, which is logged.
 
@@ -62,18 +67,27 @@ def client_cyclebreak() -> aiohttp.TraceConfig:
     follow_calls()
     signals: Any = trace_config  # aiohttp 3.10 declares its functions wrongly
     if internals.KEEPS_FIRST_ATTEMPTS:
-        signals.on_request_start.append(_started)
+        signals.on_connection_queued_start.append(_queued)
+        signals.on_connection_create_start.append(_attempted)
+        signals.on_connection_reuseconn.append(_attempted)
     signals.on_request_end.append(_ended)
     signals.on_request_exception.append(_failed)
     return trace_config
 
 
-async def _started(
-    session: aiohttp.ClientSession,
-    context: SimpleNamespace,
-    params: aiohttp.TraceRequestStartParams,
+async def _attempted(
+    session: aiohttp.ClientSession, context: SimpleNamespace, params: object
 ) -> None:
-    internals.follow_attempts(session, note_call)
+    if hasattr(context, "attempted"):  # there is one context a call
+        note_last_attempt()
+    context.attempted = True
+
+
+async def _queued(
+    session: aiohttp.ClientSession, context: SimpleNamespace, params: object
+) -> None:
+    if hasattr(context, "attempted"):  # and it may wait in vain
+        note_last_attempt()
 
 
 async def _ended(

@@ -54,6 +54,7 @@ __all__ = (
     "note",
     "note_call",
     "note_failed_call",
+    "note_last_attempt",
     "note_parser_error",
     "note_successful_call",
     "passed",
@@ -802,6 +803,16 @@ def note_failed_call(exc: BaseException) -> None:
             caller.call_ended()
     except Exception:
         _complain("noting a failed call")
+
+
+def note_last_attempt() -> None:
+    """Remember why the call that is on its way is tried again, if it is."""
+    try:
+        error = internals.error_of_last_attempt()
+        if error is not None:
+            note_failed_call(error)
+    except Exception:
+        _complain("noting an attempt to call")
 
 
 def _take_part(followed: _Request, serving: _Serving) -> None:

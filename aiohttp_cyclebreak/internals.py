@@ -8,6 +8,7 @@ nothing where that is missing.
 import asyncio
 import gc
 import re
+import sys
 from collections import deque
 from functools import partial
 from types import FrameType
@@ -30,7 +31,7 @@ __all__ = (
     "connection_of_plain",
     "connection_of_raising",
     "error_of_call",
-    "follow_attempts",
+    "error_of_last_attempt",
     "follow_websockets",
     "forget_missing_route",
     "guard_connections",
@@ -565,32 +566,37 @@ def error_of_call(made_with: Any) -> Optional[BaseException]:
 
 
 # A call that is tried again on another connection tells its tracing nothing of the
-# first one, whose exception up to 3.11.13 the connection's protocol keeps.
-KEEPS_FIRST_ATTEMPTS = tuple(
-    int(part) for part in re.findall(r"\d+", aiohttp.__version__)[:3]
-) < (3, 11, 14)
+# first attempt, whose exception the connection's protocol keeps.  Before, no call is
+# tried again, and afterwards nothing is kept.
+KEEPS_FIRST_ATTEMPTS = (
+    (3, 10)
+    <= tuple(int(part) for part in re.findall(r"\d+", aiohttp.__version__)[:3])
+    < (3, 11, 14)
+)
 
 
-def follow_attempts(
-    session: aiohttp.ClientSession, attempted: Callable[[Any], None]
-) -> None:
-    """Make a client session, and no other, tell of each attempt to call.
+def error_of_last_attempt() -> Optional[BaseException]:
+    """The exception of the attempt before, of the call that this is called below.
 
-    aiohttp: ``ClientSession._request_class`` and ``ClientRequest.send``, 3.8 to
-    3.14; without them nothing is told.
+    Nothing but a local variable leads to it while a call is tried again.
 
-    Args:
-        session: the session, before the call.
-        attempted: called with the protocol of the connection that a request is
-            about to be sent on.
+    aiohttp: the local ``resp`` of ``ClientSession._request``, and
+    ``ClientResponse._protocol``, 3.8 to 3.14.
     """
-    base: Any = getattr(session, "_request_class", None)
-    if (
-        isinstance(base, type)
-        and not issubclass(base, _Follows)
-        and hasattr(base, "send")
-    ):
-        session._request_class = _subclass(base, _following_request, attempted)
+    frame: Optional[FrameType] = sys._getframe()
+    while frame is not None:
+        # Not by its code: tools replace the method by one that calls it.
+        if (
+            frame.f_code.co_name == "_request"
+            and frame.f_globals is aiohttp.client.__dict__
+        ):
+            values = frame.f_locals
+            response = values.get("resp")
+            if sys.version_info < (3, 13):
+                values.clear()  # the frame would keep this copy of them
+            return error_of_call(getattr(response, "_protocol", None))
+        frame = frame.f_back
+    return None
 
 
 def follow_websockets(
@@ -609,7 +615,7 @@ def follow_websockets(
     """
     base: Any = getattr(session, "_ws_response_class", None)
     if isinstance(base, type) and not issubclass(base, _Follows):
-        session._ws_response_class = _subclass(base, _following_websocket, opened)
+        session._ws_response_class = _following(base, opened)
 
 
 class _Follows:
@@ -619,38 +625,26 @@ class _Follows:
 # One class for all sessions: making one takes longer than the call does.  By id, and
 # weakly: a metaclass may refuse to be hashed, and a class of one session goes with it.
 _made: "WeakValueDictionary[int, Any]" = WeakValueDictionary()
-_lasting: List[Any] = []  # those of aiohttp's own classes
+_lasting: List[Any] = []  # that of aiohttp's own class
 
 
-def _subclass(base: Any, make: Callable[..., Any], told: Callable[[Any], None]) -> Any:
+def _following(base: Any, opened: Callable[[Any], None]) -> Any:
     cls = _made.get(id(base))
-    if cls is None:
-        try:
-            cls = make(base, told)
-            cls.__module__, cls.__name__ = base.__module__, base.__name__
-            cls.__qualname__ = base.__qualname__
-        except Exception:  # it is final, or its metaclass wants to know more
-            return base
-        _made[id(base)] = cls
-        if base in (aiohttp.ClientRequest, aiohttp.ClientWebSocketResponse):
-            _lasting.append(cls)
+    if cls is not None:
+        return cls
+    try:
+
+        class Following(base, _Follows):  # type: ignore[misc]
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                opened(self)
+
+        cls = Following
+        cls.__module__, cls.__name__ = base.__module__, base.__name__
+        cls.__qualname__ = base.__qualname__
+    except Exception:  # it is final, or its metaclass wants to know more
+        return base
+    _made[id(base)] = cls
+    if base is aiohttp.ClientWebSocketResponse:
+        _lasting.append(cls)
     return cls
-
-
-def _following_request(base: Any, attempted: Callable[[Any], None]) -> Any:
-    class Following(base, _Follows):  # type: ignore[misc]
-        # Not a coroutine function: it would be a line in every traceback.
-        def send(self, conn: Any) -> Any:
-            attempted(getattr(conn, "protocol", None))
-            return base.send(self, conn)  # looked up late: it may be patched
-
-    return Following
-
-
-def _following_websocket(base: Any, opened: Callable[[Any], None]) -> Any:
-    class Following(base, _Follows):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            opened(self)
-
-    return Following

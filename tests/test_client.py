@@ -1042,7 +1042,7 @@ def test_it_is_made_once_for_many_sessions() -> None:
                 async with aiohttp.ClientSession(trace_configs=[trace]) as session:
                     async with session.get(upstream.url) as response:
                         assert await response.read() == b"ok"
-                    classes.add((session._request_class, session._ws_response_class))
+                    classes.add(session._ws_response_class)
         finally:
             upstream.stop()
         assert len(classes) == 1
