@@ -755,8 +755,8 @@ def note_call(made_with: Any) -> None:
 
 def note_successful_call() -> None:
     """Tell a task whose earlier calls have failed that another one has ended."""
-    if not _callers:
-        return
+    if not _in_hand:
+        return  # nobody's have
     try:
         serving = _serving.get()
         if serving is not None and not serving.over:

@@ -2,8 +2,9 @@
 
 Sessions call one upstream, in another process, by turns, on kept connections: one
 without any tracing, one with an empty ``TraceConfig``, one with
-``client_cyclebreak()``.  They do it in a task of their own and in a guarded request;
-the median of many batches counts.  ``python benchmarks/calls.py``.
+``client_cyclebreak()``.  They do it in a task of their own and in a guarded request,
+and get the body with the headers or after them; the median of many batches counts.
+``python benchmarks/calls.py``.
 """
 
 import argparse
@@ -21,7 +22,9 @@ from aiohttp import web
 
 from aiohttp_cyclebreak import client_cyclebreak, setup
 
-ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+HEADERS = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
+BODY = b"ok"
+LATER = 0.0005  # seconds after the headers, so that they are not read together
 
 
 class Upstream(asyncio.Protocol):
@@ -31,7 +34,11 @@ class Upstream(asyncio.Protocol):
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self.transport.write(ANSWER)
+        if data.startswith(b"GET /later "):
+            self.transport.write(HEADERS)
+            asyncio.get_running_loop().call_later(LATER, self.transport.write, BODY)
+        else:
+            self.transport.write(HEADERS + BODY)
 
 
 def serve(ready: Connection) -> None:
@@ -61,19 +68,21 @@ async def compare(
     size: int,
 ) -> None:
     taken: Dict[str, List[float]] = {way: [] for way in sessions}
+    turns = list(sessions.items())
     for _ in range(batches):
-        for way, session in sessions.items():
+        turns.append(turns.pop(0))  # none is always the one after another
+        for way, session in turns:
             taken[way].append(await batch(session, url, size))
     empty = taken["empty TraceConfig"]
     for way, times in taken.items():
         # Each with the batch beside it: what the machine does meanwhile cancels out.
         more = statistics.median(a - b for a, b in zip(times, empty))
         median = statistics.median(times)
-        print(f"{where:9} {way:20} {median:7.1f}  {more:+5.1f}", flush=True)
+        print(f"{where:21} {way:20} {median:7.1f}  {more:+5.1f}", flush=True)
 
 
 async def main(port: int, batches: int, size: int) -> None:
-    url = f"http://127.0.0.1:{port}/"
+    root = f"http://127.0.0.1:{port}/"
     print(
         f"aiohttp {aiohttp.__version__} on CPython {platform.python_version()}, "
         f"{platform.machine()}; microseconds a call, and more than with an empty "
@@ -88,8 +97,12 @@ async def main(port: int, batches: int, size: int) -> None:
         way: aiohttp.ClientSession(trace_configs=traces) for way, traces in ways.items()
     }
 
+    async def compare_all(who: str) -> None:
+        await compare(who, sessions, root, batches, size)
+        await compare(f"{who}, body later", sessions, root + "later", batches, size)
+
     async def handle(request: web.Request) -> web.Response:
-        await compare("a request", sessions, url, batches, size)
+        await compare_all("a request")
         return web.Response()
 
     app = web.Application()
@@ -101,7 +114,7 @@ async def main(port: int, batches: int, size: int) -> None:
     sock.bind(("127.0.0.1", 0))
     await web.SockSite(runner, sock).start()
     try:
-        await compare("a task", sessions, url, batches, size)
+        await compare_all("a task")
         async with aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None)
         ) as session, session.get(

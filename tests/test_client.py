@@ -5,13 +5,24 @@ import base64
 import contextlib
 import gc
 import hashlib
+import itertools
 import re
 import socket
 import ssl
 import sys
 import threading
 import traceback
-from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, Optional, Tuple
+from typing import (
+    Any,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Dict,
+    List,
+    Optional,
+    Set,
+    Tuple,
+)
 
 import aiohttp
 import pytest
@@ -164,6 +175,28 @@ class WebSocketUpstream(Upstream):
         return not self.hangs
 
 
+def path_asked_of(client: socket.socket) -> bytes:
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += client.recv(65536) or b"GET gone \r\n\r\n"
+    return received.split()[1]
+
+
+class Moves(Upstream):
+    """Redirects every call."""
+
+    def __init__(self, to: str) -> None:
+        super().__init__((b"",))
+        self._to = to.encode()
+
+    def answer(self, client: socket.socket, answer: Optional[bytes]) -> bool:
+        client.sendall(
+            b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nConnection: close\r\n"
+            b"Location: " + self._to + path_asked_of(client)[1:] + b"\r\n\r\n"
+        )
+        return True
+
+
 class KeepAliveUpstream(Upstream):
     """Answers one request on a connection, and cuts the next one."""
 
@@ -175,6 +208,25 @@ class KeepAliveUpstream(Upstream):
         with client, contextlib.suppress(OSError):  # the test is over
             super().answer(client, OK)
             super().answer(client, b"")
+
+
+class CutsFirst(Upstream):
+    """Cuts the first attempt of each call, answers the second; one is held for good."""
+
+    def __init__(self) -> None:
+        super().__init__((OK.replace(b"OK", b"OK\r\nConnection: close"),))
+        self.holds = False
+        self._seen: Set[bytes] = set()
+
+    def answer(self, client: socket.socket, answer: Optional[bytes]) -> bool:
+        path = path_asked_of(client)
+        if path == b"/held":
+            self.holds = True
+            return False
+        if path in self._seen:
+            client.sendall(answer or b"")
+        self._seen.add(path)
+        return True
 
 
 # --- nothing is left ------------------------------------------------------------
@@ -250,6 +302,81 @@ def test_a_pooled_connection_that_was_closed(loop: str) -> None:
         connector = aiohttp.TCPConnector(limit=1)
         async with gateway(
             twice, upstream, guarded=guarded, connector=connector
+        ) as fixture:
+            assert (await fixture.ask())[0] == 200
+            return await count_left(fixture)
+
+    assert_stopped(main, loop)
+
+
+# Before, a call that is cut fails at once.
+TRIES_AGAIN = AIOHTTP >= (3, 10)
+numbers = itertools.count()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("limit", [0, 1])
+@pytest.mark.parametrize("redirected", [False, True])
+def test_calls_that_are_tried_again_at_once(
+    redirected: bool, limit: int, loop: str
+) -> None:
+    """Each on its own, however many there are; with one connection they take turns."""
+
+    async def handler(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> web.Response:
+        calls = [swallow(request, session, f"{url}{next(numbers)}") for _ in range(5)]
+        statuses = {response.status for response in await asyncio.gather(*calls)}
+        assert statuses == {200 if TRIES_AGAIN else 502}
+        return web.Response()
+
+    async def main(guarded: bool) -> Dict[str, int]:
+        upstream = CutsFirst()
+        moves = Moves(upstream.url)
+        moves.start()
+        try:
+            async with gateway(
+                (lambda request, session, _: handler(request, session, moves.url))
+                if redirected
+                else handler,
+                upstream,
+                guarded=guarded,
+                connector=aiohttp.TCPConnector(limit=limit),
+            ) as fixture:
+                assert (await fixture.ask())[0] == 200
+                return await count_left(fixture)
+        finally:
+            moves.stop()
+
+    assert_stopped(main, loop)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_call_that_is_to_be_tried_again_and_is_cancelled(loop: str) -> None:
+    """Up to aiohttp 3.10.10 it has to wait until others let go of their connections."""
+
+    async def handler(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> str:
+        calls = [
+            asyncio.ensure_future(swallow(request, session, url + path))
+            for path in (str(next(numbers)), "held")
+        ]
+        while not upstreams[-1].holds:
+            await asyncio.sleep(0.001)
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls)
+        upstreams[-1].holds = False
+        return "cancelled"
+
+    upstreams: List[CutsFirst] = []
+
+    async def main(guarded: bool) -> Dict[str, int]:
+        upstreams.append(CutsFirst())
+        connector = aiohttp.TCPConnector(limit=1)
+        async with gateway(
+            handler, upstreams[-1], guarded=guarded, connector=connector
         ) as fixture:
             assert (await fixture.ask())[0] == 200
             return await count_left(fixture)
@@ -735,6 +862,31 @@ def test_nothing_piles_up_in_a_worker_that_never_ends(
     assert bare[-1] >= 80
     # What breaks off after the headers is looked for now and then.
     assert max(run(main(True), loop)) <= (66 if answer == HALF else 2)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("call", [call, in_a_task, gathered])
+def test_calls_of_a_worker_that_are_tried_again(call: Any, loop: str) -> None:
+    """Bare, each leaves its first attempt to the collector; guarded, only the last."""
+
+    async def main(guarded: bool) -> List[int]:
+        counts = []
+        async with session_of(CutsFirst(), guarded) as (session, url):
+            with no_collector():
+                before = len(alive(ResponseHandler))
+                for number in range(40):
+                    with contextlib.suppress(*(() if TRIES_AGAIN else FAILURES)):
+                        await call(session, f"{url}{number}")
+                    await asyncio.sleep(0)
+                    counts.append(len(alive(ResponseHandler)) - before)
+        gc.collect()
+        return counts
+
+    bare = run(main(False), loop)
+    assert max(run(main(True), loop)) <= 2
+    if AIOHTTP >= (3, 11, 14):
+        pytest.skip(f"aiohttp {aiohttp.__version__} keeps none")
+    assert bare[-1] >= 40
 
 
 def test_a_worker_that_has_ended_leaves_nothing() -> None:
