@@ -3,8 +3,8 @@
 Sessions call one upstream, in another process, by turns, on kept connections: one
 without any tracing, one with an empty ``TraceConfig``, one with
 ``client_cyclebreak()``.  They do it in a task of their own and in a guarded request,
-and get the body with the headers or after them; the median of many batches counts.
-``python benchmarks/calls.py``.
+and get the body with the headers, or with ``--later`` after them; the median of many
+small batches counts.  ``python benchmarks/calls.py``.
 """
 
 import argparse
@@ -78,11 +78,11 @@ async def compare(
         # Each with the batch beside it: what the machine does meanwhile cancels out.
         more = statistics.median(a - b for a, b in zip(times, empty))
         median = statistics.median(times)
-        print(f"{where:21} {way:20} {median:7.1f}  {more:+5.1f}", flush=True)
+        print(f"{where:9} {way:20} {median:7.1f}  {more:+5.1f}", flush=True)
 
 
-async def main(port: int, batches: int, size: int) -> None:
-    root = f"http://127.0.0.1:{port}/"
+async def main(port: int, batches: int, size: int, later: bool) -> None:
+    url = f"http://127.0.0.1:{port}/{'later' if later else ''}"
     print(
         f"aiohttp {aiohttp.__version__} on CPython {platform.python_version()}, "
         f"{platform.machine()}; microseconds a call, and more than with an empty "
@@ -97,12 +97,8 @@ async def main(port: int, batches: int, size: int) -> None:
         way: aiohttp.ClientSession(trace_configs=traces) for way, traces in ways.items()
     }
 
-    async def compare_all(who: str) -> None:
-        await compare(who, sessions, root, batches, size)
-        await compare(f"{who}, body later", sessions, root + "later", batches, size)
-
     async def handle(request: web.Request) -> web.Response:
-        await compare_all("a request")
+        await compare("a request", sessions, url, batches, size)
         return web.Response()
 
     app = web.Application()
@@ -114,7 +110,7 @@ async def main(port: int, batches: int, size: int) -> None:
     sock.bind(("127.0.0.1", 0))
     await web.SockSite(runner, sock).start()
     try:
-        await compare_all("a task")
+        await compare("a task", sessions, url, batches, size)
         async with aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None)
         ) as session, session.get(
@@ -129,11 +125,14 @@ async def main(port: int, batches: int, size: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=600)
-    parser.add_argument("--size", type=int, default=20, help="calls a batch")
+    parser.add_argument("--batches", type=int, default=3000)
+    parser.add_argument("--size", type=int, default=2, help="calls a batch")
+    parser.add_argument(
+        "--later", action="store_true", help="the body after the headers"
+    )
     args = parser.parse_args()
     here, there = multiprocessing.Pipe()
     process = multiprocessing.Process(target=serve, args=(there,), daemon=True)
     process.start()
-    asyncio.run(main(here.recv(), args.batches, args.size))
+    asyncio.run(main(here.recv(), args.batches, args.size, args.later))
     process.terminate()
