@@ -47,7 +47,9 @@ from .sever import (
 )
 
 __all__ = (
+    "at_rest",
     "begin",
+    "calls_are_followed",
     "follow_calls",
     "follow_connection",
     "leave_alone",
@@ -84,7 +86,7 @@ def _complain(about: str) -> None:
 # task and a connection by those of its own, so what is never finished (a loop that
 # is closed too early) is let go with the task.
 _connections: "Dict[int, ref[_Connection]]" = {}
-_at_rest: Set[int] = set()  # the keys of those that have no exception to be severed
+at_rest: Set[int] = set()  # the keys of those that have no exception to be severed
 _callers: "Dict[int, ref[_Caller]]" = {}
 # Who has noted an exception.
 _in_hand: "Dict[int, Tuple[ref[_Holder], ...]]" = {}
@@ -531,7 +533,7 @@ class _Connection:
         self.raised_by = ref(request)
         self.raised_key = key = id(exc)
         _put_off[key] = self.reference
-        _at_rest.discard(self.key)
+        at_rest.discard(self.key)
         return True
 
     def sever_earlier(self, request: web.BaseRequest) -> None:
@@ -551,7 +553,7 @@ class _Connection:
         if reference is None:
             return None
         self.raised = None
-        _at_rest.add(self.key)
+        at_rest.add(self.key)
         if _put_off.get(self.raised_key) is self.reference:  # or another is there now
             del _put_off[self.raised_key]
         return reference()
@@ -601,7 +603,7 @@ class _Connection:
             _complain("severing a connection")
         finally:
             _connections.pop(self.key, None)
-            _at_rest.discard(self.key)
+            at_rest.discard(self.key)
             self.coroutine = self.frame = None
             self.errors = []
             self.unread = None
@@ -831,7 +833,7 @@ def follow_connection(task: Any) -> "Optional[_Connection]":
     if connection is None and isinstance(task, asyncio.Task):  # a mock has none
         connection = _Connection(task)
         _connections[key] = connection.reference
-        _at_rest.add(key)
+        at_rest.add(key)
         task.add_done_callback(connection.done)
     return connection
 
@@ -840,7 +842,7 @@ def _forget_connection(reference: "ref[_Connection]") -> None:
     """Forget one that is gone without an end, since its loop was closed."""
     for key in [key for key, each in _connections.items() if each is reference]:
         del _connections[key]
-        _at_rest.discard(key)
+        at_rest.discard(key)
     for key in [key for key, each in _put_off.items() if each is reference]:
         del _put_off[key]
 
@@ -953,30 +955,25 @@ def passed(
     """
     try:
         task = internals.connection_of_plain(request, response)
-        if task is None or id(task) not in _at_rest or calls_are_followed:
-            _look_at(request, response, options)
+        if task is not None and id(task) in at_rest and not calls_are_followed:
+            return
+        connection = follow_connection(request.task)
+        if connection is not None:
+            connection.sever_earlier(request)
+        if not internals.keeps_nothing(request):
+            _follow(request, options)
+        # isinstance() is asked last: the class is abstract, which makes it slow.
+        if type(response) is not web.Response:
+            error: Any = response  # an HTTPException that was caught and returned
+            if isinstance(response, web.WebSocketResponse):
+                _follow(request, options)
+                error = response.exception()
+            if isinstance(error, BaseException):
+                note(request, error, options)
+        if calls_are_followed:
+            _look_at_calls(request, options)
     except Exception:
         _complain("looking at a request")
-
-
-def _look_at(
-    request: web.Request, response: web.StreamResponse, options: Options
-) -> None:
-    connection = follow_connection(request.task)
-    if connection is not None:
-        connection.sever_earlier(request)
-    if not internals.keeps_nothing(request):
-        _follow(request, options)
-    # isinstance() is asked last: the class is abstract, which makes it slow.
-    if type(response) is not web.Response:
-        error: Any = response  # an HTTPException that was caught and returned
-        if isinstance(response, web.WebSocketResponse):
-            _follow(request, options)
-            error = response.exception()
-        if isinstance(error, BaseException):
-            note(request, error, options)
-    if calls_are_followed:
-        _look_at_calls(request, options)
 
 
 def _look_at_calls(request: web.Request, options: Options) -> None:

@@ -7,7 +7,8 @@ from weakref import WeakSet
 from aiohttp import web
 
 from . import guard, internals
-from .guard import begin, note, passed
+from .guard import at_rest, begin, note, passed
+from .internals import connection_of_plain
 from .options import BreakEvent, Options, make_options, switched_off
 
 __all__ = ("cyclebreak", "setup")
@@ -151,7 +152,11 @@ def _make_layer(options: Options) -> "Middleware":
         except BaseException as exc:
             note(request, exc, options)
             raise
-        passed(request, response, options)
+        # Most requests keep nothing, on a connection with nothing to be severed: all that
+        # they cost is this question.
+        task = connection_of_plain(request, response)
+        if task is None or id(task) not in at_rest or guard.calls_are_followed:
+            passed(request, response, options)
         return response
 
     return cyclebreak_middleware
