@@ -152,8 +152,8 @@ def _make_layer(options: Options) -> "Middleware":
         except BaseException as exc:
             note(request, exc, options)
             raise
-        # Most requests keep nothing, on a connection with nothing to be severed: all that
-        # they cost is this question.
+        # Most keep nothing, on a connection with nothing to be severed: this question is
+        # all that they pay for.
         task = connection_of_plain(request, response)
         if task is None or id(task) not in at_rest or guard.calls_are_followed:
             passed(request, response, options)
