@@ -129,6 +129,22 @@ def docs(session):
     session.run("sphinx-build", "-W", "-n", "-q", "-E", "docs", "docs/_build/html")
 
 
+@nox.session
+@nox.parametrize(("python", "aiohttp", "extensions"), tuple(entries())[:-1])
+def matrix(session, aiohttp, extensions):
+    """Fill in docs/matrix.json, one column an entry; nox -s matrix for all of it."""
+    session.install("-e", ".", requirement(aiohttp))
+    session.run("python", "docs/matrix.py")
+
+
+@nox.session(python="3.11")
+@nox.parametrize("aiohttp", (SUSPECT, "3.10.10"))
+def pictures(session, aiohttp):
+    """Draw docs/pictures; it needs Graphviz's dot."""
+    session.install("-e", ".", requirement(aiohttp))
+    session.run("python", "docs/pictures.py", *session.posargs)
+
+
 @nox.session(python="3.11", tags=["main"])
 def verify(session):
     """Show each leak of the catalogue, without us and with us."""

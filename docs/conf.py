@@ -1,6 +1,10 @@
 """Configuration of Sphinx; nothing is fetched, except by Read the Docs."""
 
 import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "_ext"))
 
 from aiohttp_cyclebreak import __version__
 
@@ -8,9 +12,11 @@ project = "aiohttp-cyclebreak"
 copyright = "the aiohttp-cyclebreak contributors"
 version = release = __version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["cyclebreak.css"]
 html_title = f"aiohttp-cyclebreak {version}"
 
 autodoc_member_order = "bysource"

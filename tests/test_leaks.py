@@ -2,8 +2,10 @@
 
 import asyncio
 import gc
+import pathlib
+import runpy
 import sys
-from typing import Any, Dict, Set, Tuple
+from typing import Any, Dict, Optional, Set, Tuple
 
 import aiohttp
 import pytest
@@ -15,6 +17,11 @@ from aiohttp_cyclebreak.leaks import CATALOGUE, Leak, Remedy, gateway_of
 from aiohttp_cyclebreak.probe import Count, Floor, measure, measure_floor
 
 from .service import AIOHTTP, LOOPS, alive, run, serve
+
+# docs/matrix.py: what the documentation's tables are made from, and how.
+MATRIX = runpy.run_path(
+    str(pathlib.Path(__file__).parent.parent / "docs" / "matrix.py")
+)
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -105,6 +112,30 @@ def test_leaves_nothing_guarded(leak: Leak, guard: str, loop: str) -> None:
     _, arguments = GUARDS[guard]
     count = run(measure(leak, floor(loop), visits=VISITS, **arguments), loop)
     assert count.is_clean, count
+
+
+def column() -> Optional[int]:
+    """The documentation's column for what runs; the newest for what is newer."""
+    versions = [MATRIX["key"](each) for each in MATRIX["read"]()["columns"]]
+    python = list(sys.version_info[:2])
+    if list(AIOHTTP) > max(aiohttp for aiohttp, _ in versions):
+        newest = max((each for each in versions if each[1] == python), default=None)
+        return None if newest is None else versions.index(newest)
+    wanted = (list(AIOHTTP), python)
+    return versions.index(wanted) if wanted in versions else None
+
+
+@pytest.mark.parametrize("leak", CATALOGUE, ids=lambda leak: leak.id)
+def test_documentation_has_what_is_measured(leak: Leak) -> None:
+    """The matrix says of each leak how many requests it leaves, bare and guarded."""
+    cells = MATRIX["read"]()["leaks"]
+    assert leak.id in cells, "docs/matrix.json does not have it: nox -s matrix"
+    number = column()
+    if number is None:
+        pytest.skip("the documentation has no column for these versions")
+    measured = MATRIX["cell"](bare(leak, "asyncio"), leak.kind)
+    # That guarded nothing is left is what the test above is for.
+    assert cells[leak.id][number] == [measured, 0], "run nox -s matrix"
 
 
 def test_no_leak_is_listed_twice() -> None:
