@@ -149,3 +149,102 @@ def test_gunicorn_workers_are_guarded(worker: str) -> None:
         master.send_signal(signal.SIGTERM)
         output, _ = master.communicate(timeout=60)
         assert "Traceback" not in output
+
+
+def left_by(create_app: Any, path: str, requests: int = 3) -> int:
+    """Requests that are alive when all are answered, and collected after that."""
+
+    async def main() -> int:
+        async with serve(create_app()) as service:
+            with no_collector():
+                before = len(alive(web.BaseRequest))
+                for _ in range(requests):
+                    await service.ask(path, "Connection: close")
+                    await service.settle()
+                return len(alive(web.BaseRequest)) - before
+
+    left: int = run(main())
+    gc.collect()
+    return left
+
+
+@pytest.mark.parametrize(
+    ("name", "factory", "path"),
+    [
+        ("one_route", "create_app", "/refuse"),
+        ("one_route", "create_app", "/item"),
+        ("sub_applications", "create_app", "/orders/1"),
+        ("guarded", "create_app", "/no/such/path"),
+    ],
+)
+def test_an_example_keeps_no_request(
+    name: str, factory: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Imported while it is switched off, it keeps each of them."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    for switch, left in (("off", 3), ("on", 0)):
+        monkeypatch.setenv("AIOHTTP_CYCLEBREAK", switch)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        create_app = getattr(importlib.import_module(name), factory)
+        assert left_by(create_app, path) == left
+
+
+def test_one_route_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its requests wait for the collector, as they would without the middleware."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.delitem(sys.modules, "one_route", raising=False)
+    one_route = importlib.import_module("one_route")
+    assert left_by(one_route.create_guarded_app, "/debug") == 3
+
+
+def test_a_process_is_asked_for_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait are there before the collection, and not after it."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    requests_alive = importlib.import_module("requests_alive")
+
+    async def refuse(request: web.Request) -> web.Response:
+        raise web.HTTPBadRequest
+
+    async def main() -> Any:
+        app = web.Application()
+        app.router.add_get("/refuse", refuse)
+        app.router.add_get("/count", requests_alive.count)
+        async with serve(app) as service:
+            with no_collector():
+                for _ in range(5):
+                    await service.ask("/refuse")
+                    await service.settle()
+                return json.loads((await service.ask("/count"))[1])
+
+    counts = run(main())
+    assert counts["before"] - counts["after"] == 5
+
+
+def test_a_cycle_delays() -> None:
+    """It outlives the function, and no collection."""
+    with process("cycle.py") as script:
+        output, _ = script.communicate(timeout=60)
+    assert output.splitlines() == [
+        "after the function has returned: alive",
+        "after a collection: gone",
+    ]
+
+
+def test_the_check_of_the_first_page_is_clean() -> None:
+    """Its exit code is 0, and bare there is something to stop."""
+    with process(
+        "-m",
+        "aiohttp_cyclebreak",
+        "check",
+        "guarded:create_app",
+        "--own-guard",
+        "--request=POST /image",
+        "--data=no image",
+        "--request=GET /missing",
+        "--requests=20",
+        "--json",
+    ) as check:
+        output, _ = check.communicate(timeout=120)
+    report = json.loads(output)
+    assert (check.returncode, report["guarded"]["left"]) == (0, 0)
+    assert report["bare"]["left"] >= 20
