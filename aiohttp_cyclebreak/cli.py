@@ -78,8 +78,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv: the arguments; None: those of the process.
 
     Returns:
-        The exit code: 0, all is well; 1, something is left or could not be run;
-        2, wrong usage; 130, interrupted.
+        The exit code, which is 0 if all is well, 1 if something is left or could
+        not be run, 2 for wrong usage, and 130 where it was interrupted.
 
     Raises:
         SystemExit: wrong usage, ``--help`` or ``--version``.

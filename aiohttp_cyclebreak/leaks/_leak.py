@@ -13,13 +13,13 @@ class Kind(enum.Enum):
     """Why requests stay alive."""
 
     DELAYED = "delayed"
-    """A reference cycle: they wait for the cyclic garbage collector."""
+    """A reference cycle; they wait for the cyclic garbage collector."""
 
     PERMANENT = "permanent"
-    """A live reference: no collection ever frees them."""
+    """A live reference; no collection ever frees them."""
 
     LIVE = "live"
-    """A live reference that ends with the connection: its body waits for that."""
+    """A live reference that ends with the connection; its body waits for that."""
 
 
 class Remedy(enum.Enum):

@@ -139,6 +139,18 @@ class Picture(_Directive):
         return [nodes.raw("", text, format="html")]
 
 
+class Drawing(_Directive):
+    """``.. drawing:: request.svg``: a picture that was made by hand."""
+
+    required_arguments = 1
+
+    def run(self) -> List[nodes.Node]:
+        file = PICTURES / self.arguments[0]
+        self.depend_on(file)
+        text = f'<div class="drawing">{_inline(file.read_text("utf-8"))}</div>'
+        return [nodes.raw("", text, format="html")]
+
+
 def _inline(svg: str) -> str:
     """A picture takes the page's own colours only where it is part of the page."""
     return "\n".join(line for line in svg.splitlines() if line).strip()
@@ -261,6 +273,7 @@ def setup(app: Sphinx) -> Dict[str, Any]:
     """Add the directives."""
     app.add_directive("leaks", LeakGroup)
     app.add_directive("cycle", Picture)
+    app.add_directive("drawing", Drawing)
     app.add_directive("leak-matrix", Matrix)
     app.add_directive("leak-summary", Summary)
     app.add_directive("leak-releases", Releases)
