@@ -1,7 +1,7 @@
 """Makes the two inventories, from those of CPython's and aiohttp's documentation.
 
 ``python make.py PYTHON.inv AIOHTTP.inv``, with sphobjinv installed; the two given are
-objects.inv of https://docs.python.org/3/ and of https://docs.aiohttp.org/en/stable/, or of
+objects.inv of https://docs.python.org/3/ and https://docs.aiohttp.org/en/stable/, or of
 Debian's packages python3.11-doc and python-aiohttp-doc.  So the build needs no network.
 """
 

@@ -1,4 +1,4 @@
-"""The documentation's examples beside other tools: what these are told, and what is kept."""
+"""The documentation's examples beside other tools: what they tell, and what is kept."""
 
 import gc
 import importlib
