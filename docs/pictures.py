@@ -306,10 +306,14 @@ def named(each: Any) -> bool:
 def again(before: Picture) -> Picture:
     """Look for a picture's objects and references among what is alive now."""
     alive: Dict[str, List[Any]] = {name: [] for name in before.nodes}
+    # What a module leads to is told by that, and not by its type.
+    led_to = "other" if before.kind == "permanent" else ""
     for each in gc.get_objects():
         if named(each) or id(each) in _modules():
             name = name_of(each)
-            if name in alive:
+            if name not in alive:
+                continue
+            if before.kinds[name] != led_to or name.startswith("module "):
                 alive[name].append(each)
     picture = Picture(kinds=before.kinds)
     for edge in before.edges:
@@ -424,6 +428,7 @@ def main(ids: Sequence[str]) -> None:
             index[leak.id] = {
                 "aiohttp": aiohttp.__version__,
                 "python": platform.python_version(),
+                "kind": before.kind,
                 "exception": after.has("exception"),
                 "request": after.has("request"),
             }

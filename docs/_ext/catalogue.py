@@ -77,7 +77,7 @@ class LeakGroup(_Directive):
         shown = self.env.metadata[self.env.docname].setdefault("leaks", "")
         names = " ".join([shown, *groups]).strip()
         self.env.metadata[self.env.docname]["leaks"] = names
-        lines = []
+        facts = []
         for name, values in (
             ("Kind", [leak.kind.value for leak in leaks]),
             ("What holds what", [leak.chain for leak in leaks]),
@@ -85,10 +85,9 @@ class LeakGroup(_Directive):
             ("Stopped by", [_REMEDIES[leak.remedy] for leak in leaks]),
             ("See it", [f"``verify --leak {group}``" for group in groups]),
         ):
-            different = list(dict.fromkeys(values)) or ["nothing"]
-            lines.append(f":{name}: " + "; ".join(different))
-        lines += [
-            "",
+            different = list(dict.fromkeys(values)) or ["no thread that we know"]
+            facts.append(f":{name}: " + "; ".join(different))
+        lines = [
             ".. list-table::",
             "   :header-rows: 1",
             "   :widths: 30 45 25",
@@ -104,7 +103,9 @@ class LeakGroup(_Directive):
                 f"     - {leak.title}",
                 f"     - {_ranges(leak)}",
             ]
-        return self.parse(lines)
+        container = nodes.container(classes=["facts"])
+        container += self.parse(facts)
+        return [container, *self.parse(lines)]
 
 
 class Picture(_Directive):
@@ -122,6 +123,8 @@ class Picture(_Directive):
         before, after = (_inline(file.read_text("utf-8")) for file in files)
         if drawn["request"]:
             end = "The request is alive, without its body."
+        elif drawn["kind"] == "permanent":
+            end = "What holds the exception for good is there still. The request is gone."
         elif drawn["exception"]:
             end = (
                 "The exception is held on purpose, as an error reporter would hold it: "
@@ -178,7 +181,7 @@ class Matrix(_Directive):
 def _cell(cell: Any) -> str:
     if cell is None:
         return "?"
-    bare, guarded = (str(round(each, 2)) if each != "garbage" else "g" for each in cell)
+    bare, guarded = ("g" if each == "garbage" else f"{each:.2g}" for each in cell)
     return "·" if (bare, guarded) == ("0", "0") else f"{bare} → {guarded}"
 
 
