@@ -6,6 +6,7 @@ All of it is read from ``aiohttp_cyclebreak.leaks``, ``docs/matrix.json`` and
 
 import json
 import pathlib
+import re
 from collections import Counter
 from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
@@ -124,7 +125,7 @@ class Picture(_Directive):
         if drawn["request"]:
             end = "The request is alive, without its body."
         elif drawn["kind"] == "permanent":
-            end = "What holds the exception for good is there still. The request is gone."
+            end = "What holds the exception is there still, and the request is gone."
         elif drawn["exception"]:
             end = (
                 "The exception is held on purpose, as an error reporter would hold it: "
@@ -133,11 +134,14 @@ class Picture(_Directive):
         else:
             end = "Nothing of it is left."
         what = f"{id}, aiohttp {drawn['aiohttp']} on CPython {drawn['python']}"
+        # Two beside each other where three quarters of their size are enough.
+        width = float(re.search(r'width="(\d+)pt"', before).group(1)) * 4 / 3
+        figure = f'<figure style="flex-basis: {width * 0.75:.0f}px">'
         text = (
             f'<div class="cycle" role="group" aria-label="{what}">'
-            f"<figure>{before}<figcaption>Bare: <code>{id}</code> on aiohttp "
+            f"{figure}{before}<figcaption>Bare: <code>{id}</code> on aiohttp "
             f"{drawn['aiohttp']}, CPython {drawn['python']}.</figcaption></figure>"
-            f"<figure>{after}<figcaption>Guarded. {end}</figcaption></figure></div>"
+            f"{figure}{after}<figcaption>Guarded. {end}</figcaption></figure></div>"
         )
         return [nodes.raw("", text, format="html")]
 
