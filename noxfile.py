@@ -145,6 +145,13 @@ def pictures(session, aiohttp):
     session.run("python", "docs/pictures.py", *session.posargs)
 
 
+@nox.session(python="3.11")
+def backport(session):
+    """Show what the upstream patch stops on an aiohttp that is pinned."""
+    session.install("-e", ".[cli]", requirement(SUSPECT))
+    session.run("python", "docs/backport.py", *session.posargs)
+
+
 @nox.session(python="3.11", tags=["main"])
 def verify(session):
     """Show each leak of the catalogue, without us and with us."""

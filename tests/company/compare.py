@@ -5,6 +5,7 @@ one that does nothing wherever the other has ours.
 """
 
 import inspect
+import pathlib
 import re
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -14,6 +15,8 @@ from aiohttp import web
 from aiohttp_cyclebreak import cyclebreak, setup
 
 from ..service import LOOPS, Client, Service, alive, no_collector, run, serve
+
+EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "docs" / "examples"
 
 Install = Callable[..., Any]
 

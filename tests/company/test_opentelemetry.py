@@ -1,5 +1,6 @@
 """opentelemetry-instrumentation-aiohttp-server: whole stack traces in its spans."""
 
+import importlib
 import re
 from typing import Any, Dict, List, Tuple
 
@@ -10,6 +11,7 @@ from ..naive import NAIVE
 from ..test_diagnostics import HANDLERS, normalized
 from .compare import (
     BARE,
+    EXAMPLES,
     GUARDED,
     POSITIONS,
     Install,
@@ -144,6 +146,20 @@ def test_spans_exported_later() -> None:
         assert left == 0
     finally:
         processor.shutdown()
+
+
+def test_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the documentation: a span for each request, and nothing is left."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    create_app = importlib.import_module("with_opentelemetry").create_app
+    EXPORTER.clear()
+    try:
+        answers, left = answers_and_left(create_app, lambda app: None, "/", "/", "/")
+    finally:
+        AioHttpServerInstrumentor().uninstrument()
+    assert [body for _, body in answers] == ["not a number"] * 3
+    assert len(EXPORTER.get_finished_spans()) == 3
+    assert left == 0
 
 
 def test_the_naive_way_loses_stack_traces() -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import http.server
+import importlib
 import json
 import logging
 import sys
@@ -15,6 +16,7 @@ from ..naive import NAIVE
 from ..test_diagnostics import HANDLERS
 from .compare import (
     BARE,
+    EXAMPLES,
     GUARDED,
     OURS,
     POSITIONS,
@@ -184,6 +186,27 @@ def test_the_naive_way_loses_locals() -> None:
     events, _, _ = reported(fail, lambda app: app.middlewares.append(NAIVE["at once"]))
     assert "secret" in names_of_locals(expected)
     assert "secret" not in names_of_locals(events)
+
+
+def test_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the documentation: the handler's local is told, and nothing is left."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("SENTRY_DSN", DSN)
+    recorder = Recorder()
+    init = sentry_sdk.init
+    monkeypatch.setattr(
+        sentry_sdk, "init", lambda **options: init(**options, transport=recorder)
+    )
+    create_app = importlib.import_module("with_sentry").create_app
+    try:
+        _, left = answers_and_left(create_app, lambda app: None, "/", "/", "/")
+    finally:
+        sentry_sdk.get_global_scope().set_client(None)
+    assert len(recorder.events) == 3
+    for event in recorder.events:
+        frames = event["exception"]["values"][0]["stacktrace"]["frames"]
+        assert frames[-1]["vars"]["order"] == "42"
+    assert left == 0
 
 
 class Receiver(http.server.BaseHTTPRequestHandler):
