@@ -1,8 +1,9 @@
 """What else could be done? Memory and pauses of each, under the same load.
 
 A service with many live objects refuses uploads of clients that close their
-connections, in a process of its own: bare, with ``gc.collect()`` on a timer, with lower thresholds,
-and guarded.  It runs on Linux, where the memory of a process is known.
+connections, in a process of its own: bare, with ``gc.collect()`` on a timer, with
+lower thresholds, and guarded.  With ``--close`` it is the server that closes them.
+It runs on Linux, where the memory of a process is known.
 """
 
 import argparse
@@ -22,7 +23,6 @@ from aiohttp_cyclebreak import cyclebreak
 BODY = 500_000  # bytes
 HELD = 0.3  # seconds that a handler takes
 LIVE = 500_000  # objects that the service has
-
 
 _timers: "List[asyncio.Future[None]]" = []
 
@@ -102,10 +102,18 @@ async def serve(name: str) -> None:
     del live
 
 
-async def load(port: int, requests: int, clients: int) -> None:
+async def load(port: int, requests: int, clients: int, close: bool) -> None:
     """Send the uploads, each on a connection of its own."""
-    head = f"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: {BODY}"
-    sent = head.encode() + b"\r\n\r\n" + bytes(BODY)
+    connection = "close" if close else "keep-alive"
+    lines = [
+        "POST / HTTP/1.1",
+        "Host: localhost",
+        f"Connection: {connection}",
+        f"Content-Length: {BODY}",
+        "",
+        "",
+    ]
+    sent = "\r\n".join(lines).encode() + bytes(BODY)
 
     async def client(times: int) -> None:
         for _ in range(times):
@@ -118,7 +126,7 @@ async def load(port: int, requests: int, clients: int) -> None:
     await asyncio.gather(*(client(requests // clients) for _ in range(clients)))
 
 
-def measure(name: str, requests: int, clients: int) -> str:
+def measure(name: str, requests: int, clients: int, close: bool) -> str:
     """Measure one alternative; give a row of the table."""
     command = [sys.executable, __file__, "--serve", name]
     with subprocess.Popen(
@@ -126,7 +134,7 @@ def measure(name: str, requests: int, clients: int) -> str:
     ) as server:
         assert server.stdout is not None
         port = int(server.stdout.readline())
-        asyncio.run(load(port, requests, clients))
+        asyncio.run(load(port, requests, clients, close))
         said = json.loads(server.communicate()[0])
     return (
         f'"{name}", {said["peak"] / 2**20:.0f}, {1000 * said["longest"]:.0f}, '
@@ -139,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--close", action="store_true")
     parser.add_argument("--serve", choices=ALTERNATIVES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve is not None:
@@ -146,7 +155,7 @@ def main() -> None:
         return
     print('"", "peak, MiB", "longest collection, ms", "all collections, s", "CPU, s"')
     for name in ALTERNATIVES:
-        print(measure(name, args.requests, args.clients), flush=True)
+        print(measure(name, args.requests, args.clients, args.close), flush=True)
 
 
 if __name__ == "__main__":

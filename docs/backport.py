@@ -1,7 +1,8 @@
 """What does the upstream patch stop, on the aiohttp that is installed?
 
-``nox -s backport`` runs this.  aiohttp is copied, and the copy is changed as 3.11.14 was,
-by the pull requests 10569, the server, and 10556, the client; then ``verify`` runs on it.
+``nox -s backport`` runs this.  aiohttp is copied, and the copy is changed, as 3.11.14
+was, by the pull requests 10569, the server, and 10556, the client; ``verify``
+runs on that.
 """
 
 import pathlib
