@@ -81,7 +81,7 @@ class LeakGroup(_Directive):
         facts = []
         for name, values in (
             ("Kind", [leak.kind.value for leak in leaks]),
-            ("What holds what", [leak.chain for leak in leaks]),
+            ("What holds what", [leak.chain.replace("->", "→") for leak in leaks]),
             ("Upstream", [_upstream(leak.upstream) for leak in leaks if leak.upstream]),
             ("Stopped by", [_REMEDIES[leak.remedy] for leak in leaks]),
             ("See it", [f"``verify --leak {group}``" for group in groups]),
@@ -125,7 +125,7 @@ class Picture(_Directive):
         if drawn["request"]:
             end = "The request is alive, without its body."
         elif drawn["kind"] == "permanent":
-            end = "What holds the exception is there still, and the request is gone."
+            end = "What it hung on for good is there still; the request is gone."
         elif drawn["exception"]:
             end = (
                 "The exception is held on purpose, as an error reporter would hold it: "
