@@ -33,7 +33,10 @@ nitpick_ignore = [
     ("py:attr", "aiohttp.web.Application.middlewares"),
     ("py:class", "Middleware"),
 ]
-nitpick_ignore_regex = [(r"py:(class|obj)", r".*\._[A-Z]\w*")]  # type variables
+nitpick_ignore_regex = [
+    (r"py:.*", r"prometheus_client\..*"),
+    (r"py:(class|obj)", r".*\._[A-Z]\w*"),  # type variables
+]
 
 # Those of the inventories in the repository, so that the build needs no network.
 intersphinx_mapping = {
