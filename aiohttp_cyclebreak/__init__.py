@@ -9,20 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .client import client_cyclebreak
+    from .counts import Stats
     from .decorators import break_cycles, keep_cycles
     from .middleware import cyclebreak, setup
     from .options import BodyReleasedError, BreakEvent
+    from .radar import Radar, stats
     from .server import guard_server
 
 __all__ = (
     "BodyReleasedError",
     "BreakEvent",
+    "Radar",
+    "Stats",
     "break_cycles",
     "client_cyclebreak",
     "cyclebreak",
     "guard_server",
     "keep_cycles",
     "setup",
+    "stats",
 )
 
 __version__ = "0.1.0"
@@ -31,12 +36,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "BodyReleasedError": "options",
     "BreakEvent": "options",
+    "Radar": "radar",
+    "Stats": "counts",
     "break_cycles": "decorators",
     "client_cyclebreak": "client",
     "cyclebreak": "middleware",
     "guard_server": "server",
     "keep_cycles": "decorators",
     "setup": "middleware",
+    "stats": "radar",
 }
 
 

@@ -29,6 +29,7 @@ from typing import (
     Any,
     Collection,
     Dict,
+    Generator,
     Iterable,
     Iterator,
     List,
@@ -40,6 +41,8 @@ from typing import (
 
 from aiohttp import web
 
+from . import internals
+from .counts import type_name as _type_name
 from .leaks import CATALOGUE, Remedy
 from .sever import COUNTS_ARE_EXACT
 
@@ -64,6 +67,8 @@ _RESUMABLE = (CoroutineType, GeneratorType, AsyncGeneratorType)
 _PASSING = (tuple, enumerate, zip, map)
 _SPECIAL = ("__traceback__", "__cause__", "__context__", "__self__", "__func__")
 _CHUNK = 64  # objects a call of gc.get_referrers(), which compares with each
+_SMALL_CHUNK = 8  # takes a third of the time, for the fewer objects of one target
+_SLICE = 10_000  # tasks that are looked at without a pause
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,42 @@ def chains(
         search.forget()
 
 
+class Looking:
+    """The search for one object's chain, in steps between which other code may run.
+
+    The object, and what leads to it, is held until :meth:`end`.
+
+    Args:
+        target: the object.
+        most: of how many objects to know who holds them, or else to give up.
+    """
+
+    def __init__(self, target: object, *, most: int) -> None:
+        self._search = _Search([target], (), None, most)
+        self._steps = self._search.steps()
+
+    def step(self) -> bool:
+        """Look at all objects once: not to be called from two threads.
+
+        Returns:
+            Whether there is more to look for.
+        """
+        return next(self._steps, self) is None
+
+    def chain(self) -> Optional[Chain]:
+        """What is known by now: as :func:`shortest_chain`."""
+        return self._search.chain_of_first()
+
+    def give_up(self) -> None:
+        """Look no further."""
+        self._search.give_up()
+
+    def end(self) -> None:
+        """Let go of every object."""
+        self._steps.close()
+        self._search.forget()
+
+
 @dataclass(frozen=True)
 class _Root:
     """Why an object is alive by itself.
@@ -217,7 +258,10 @@ class _Search:
         targets: Sequence[object],
         ignore: Iterable[object],
         budget: Optional[float],
+        most: int = sys.maxsize,
     ) -> None:
+        self._most = most  # of the objects that may be met
+        self._pauses = False
         self._deadline = None if budget is None else time.monotonic() + budget
         self._late = False
         self._objects: List[Any] = []
@@ -232,16 +276,16 @@ class _Search:
             for name, module in list(sys.modules.items())
             if type(module) is ModuleType
         }
-        self._ignored = {id(self._objects), id(gc.garbage)}
+        self._ignored: Set[int] = set()
         # The collector sees what a task holds, but gc.get_referrers() does not: in C,
         # its base class is asked and the answer dropped (TaskObj_traverse()).
         self._tasks: List[Any] = []
         self._of_tasks: Dict[int, List[int]] = {}
-        self._ignored.add(id(self._tasks))
+        self._never = {id(self._objects), id(self._tasks), id(gc.garbage)}
+        self._never.update(id(each) for each in ignore)
         self._frames: Dict[int, _Root] = {}  # by the id of a variable's value
         self._running: Set[int] = set()
         self._references: Dict[int, int] = {}  # those of the variables that run
-        self._ignored.update(id(each) for each in ignore)
         self._look_at_frames()
         for target in targets:
             self._add(target)
@@ -255,6 +299,10 @@ class _Search:
     # What runs.
 
     def _look_at_frames(self) -> None:
+        self._ignored = set(self._never)
+        self._frames.clear()
+        self._running.clear()
+        self._references.clear()
         frames = list(sys._current_frames().values())  # noqa: SLF001
         while frames:  # popped, since one that held itself would be a reference cycle
             frame = frames.pop()
@@ -292,32 +340,60 @@ class _Search:
         self._tasks += [
             each for each in gc.get_objects() if issubclass(type(each), asyncio.Task)
         ]
-        for position, task in enumerate(self._tasks):
-            for each in gc.get_referents(task):
-                self._of_tasks.setdefault(id(each), []).append(position)
-        task = each = None
-        frontier = list(range(self._targets))
-        for index in frontier:
-            self._look_for_root(index)
-        self._look_from(frontier)
+        self._look_at_tasks(0, len(self._tasks))
+        for _ in self._look_from_targets(_CHUNK):
+            pass
         if not self._late:
             self._look_outside()
 
-    def _look_from(self, frontier: List[int]) -> None:
+    def steps(self) -> "Generator[None, None, None]":
+        """Do as :meth:`run` does, with a pause after each pass over all objects.
+
+        What only such a pass in Python would find is not looked for.
+        """
+        self._pauses = True
+        self._tasks += internals.all_tasks()
+        for start in range(0, len(self._tasks), _SLICE):
+            self._look_at_tasks(start, start + _SLICE)
+            yield
+            self._look_at_frames()
+        for _ in self._look_from_targets(_SMALL_CHUNK):
+            yield
+            self._look_at_frames()
+
+    def give_up(self) -> None:
+        """Look no further; what is not known by now is unknown."""
+        self._late = True
+
+    def _look_at_tasks(self, start: int, end: int) -> None:
+        for position, task in enumerate(self._tasks[start:end], start):
+            for each in gc.get_referents(task):
+                self._of_tasks.setdefault(id(each), []).append(position)
+
+    def _look_from_targets(self, chunk: int) -> Iterator[None]:
+        frontier = list(range(self._targets))
+        for index in frontier:
+            self._look_for_root(index)
+        yield from self._look_from(frontier, chunk)
+
+    def _look_from(self, frontier: List[int], chunk: int) -> Iterator[None]:
         while frontier and not self._late:
             found: List[int] = []
             needed = self._needed()
             frontier = [each for each in frontier if each in needed]
-            for start in range(0, len(frontier), _CHUNK):
+            for start in range(0, len(frontier), chunk):
                 if self._is_late():
                     break
-                found += self._look_behind(frontier[start : start + _CHUNK])
+                found += self._look_behind(frontier[start : start + chunk])
+                yield
             found.sort(key=self._order)
             frontier = found
             self._spread()
 
     def _is_late(self) -> bool:
         if self._deadline is not None and time.monotonic() > self._deadline:
+            self._late = True
+        if len(self._objects) > self._most:
             self._late = True
         return self._late
 
@@ -343,6 +419,9 @@ class _Search:
         for holder in gc.get_referrers(*asked):
             if holder is not asked:
                 holders[id(holder)] = holder
+        if len(holders) > self._most:  # each takes its time; those that end it first
+            ordered = sorted(holders.values(), key=lambda each: type(each) is not dict)
+            return self._note(ordered[: self._most], frontier)
         return self._note(holders.values(), frontier)
 
     def _note(self, holders: Iterable[Any], frontier: Iterable[int]) -> List[int]:
@@ -351,9 +430,8 @@ class _Search:
         known = len(self._objects)
         for holder in holders:
             held: Dict[int, int] = {}
-            for each in _referents(holder):
-                if id(each) in ids:
-                    held[ids[id(each)]] = held.get(ids[id(each)], 0) + 1
+            for each in filter(ids.__contains__, map(id, _referents(holder))):
+                held[ids[each]] = held.get(ids[each], 0) + 1
             for index, references in held.items():
                 self._counted[index] += references
             if not held or self._is_ignored(holder):
@@ -419,7 +497,8 @@ class _Search:
         missing = self._missing()
         if missing:
             # It does not find all that the collector sees: see above.
-            self._look_from(self._look_through_all(missing))
+            for _ in self._look_from(self._look_through_all(missing), _CHUNK):
+                pass
         if not self._late:
             for index in self._missing():
                 self._roots[index] = self._live[index] = _Root("live", _OUTSIDE)
@@ -461,6 +540,10 @@ class _Search:
 
     # From the root, or the cycle, to the target.
 
+    def chain_of_first(self) -> Optional[Chain]:
+        """Put the chain of the first target into words, without the caller's help."""
+        return self.chain_of(self._objects[0])
+
     def chain_of(self, each: object) -> Optional[Chain]:
         """Put the chain of one target into words."""
         target = self._index[id(each)]
@@ -477,6 +560,8 @@ class _Search:
         if _is_dict_of(self._objects[cycle[0]], self._objects[cycle[-2]]):
             cycle = [cycle[-2], *cycle[:-1]]  # begin with the owner
             path = [cycle[0], *path]
+        if not self._still_leads([*cycle, *path[1:]]):
+            return self._unknown(target)
         return self._describe("delayed", path, cycle)
 
     def _path(self, starts: Collection[int], end: int) -> List[int]:
@@ -506,7 +591,16 @@ class _Search:
                 [self._order(each)[0] for each in way],
             ),
         )
+        if not self._still_leads(way):
+            return self._unknown(target)
         return self._describe(self._roots[way[0]].kind, way)
+
+    def _still_leads(self, path: List[int]) -> bool:
+        """Whether each of these still holds the next, after what ran in the pauses."""
+        return not self._pauses or all(
+            id(self._objects[held]) in map(id, _referents(self._objects[holder]))
+            for holder, held in zip(path, path[1:])
+        )
 
     def _behind(self, target: int) -> List[int]:
         walk = [target]
@@ -721,14 +815,6 @@ def _what(
     if issubclass(kind, type):
         return f"class {_type_name(each)}", None, None
     return _type_name(kind), None, None
-
-
-def _type_name(kind: type) -> str:
-    module = getattr(kind, "__module__", None)
-    name = type.__dict__["__qualname__"].__get__(kind)
-    if not isinstance(module, str) or module == "builtins":
-        return str(name)
-    return f"{module}.{name}"
 
 
 def _name_of(function: Any) -> str:

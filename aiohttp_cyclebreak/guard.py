@@ -8,6 +8,7 @@ next request, until which aiohttp has it too, or to its end.
 """
 
 import asyncio
+import gc
 import logging
 import sys
 from contextvars import ContextVar
@@ -52,8 +53,11 @@ __all__ = (
     "at_rest",
     "begin",
     "calls_are_followed",
+    "complain",
+    "errors",
     "follow_calls",
     "follow_connection",
+    "kept_requests",
     "leave_alone",
     "note",
     "note_call",
@@ -67,7 +71,7 @@ __all__ = (
 logger = logging.getLogger("aiohttp_cyclebreak")
 
 
-_complaints: Set[str] = set()
+_complaints: Dict[str, int] = {}  # and how often
 
 # What ends the process, out of a callback too; all else that one raises is logged.
 # CancelledError, for one, comes out of exception() of a task that was cancelled.
@@ -76,12 +80,20 @@ _ENDS = (KeyboardInterrupt, SystemExit)
 
 def _complain(about: str) -> None:
     """Log the error being handled, the first time that it happens there."""
-    if about not in _complaints:
-        _complaints.add(about)
+    _complaints[about] = _complaints.get(about, 0) + 1
+    if _complaints[about] == 1:
         logger.exception(
             "%s failed; the request is not affected, and this is not logged again",
             about,
         )
+
+
+complain = _complain  # for the other modules
+
+
+def errors() -> int:
+    """How often something failed here, or in a callback, since the process began."""
+    return sum(_complaints.values())
 
 
 # Neither of these keeps anything alive: a request is followed by the callbacks of its
@@ -252,7 +264,7 @@ class _Request(_Holder):
         connection = self.connection
         if len(self.exceptions) != 1 or connection is None or not COUNTS_ARE_EXACT:
             return False
-        if not all(options.is_plain for options in self.options):
+        if not all(options.are_default for options in self.options):
             return False
         # The frames of a websocket's handler are to be looked at.
         if hdrs.UPGRADE in self.request.headers:
@@ -272,6 +284,9 @@ class _Request(_Holder):
             return False
         if exc is internals.missing_route(self.request) or not owns_its_traceback(exc):
             return False
+        if any(options.listener for options in self.options):
+            frames = sum(1 for _ in frames_of(exc))
+            self._tell(exc, Cut(exceptions=1, tracebacks=frames, frames=frames))
         detach(exc)
         return True
 
@@ -316,6 +331,7 @@ class _Request(_Holder):
 
     def _tell(self, root: BaseException, cut: Cut) -> None:
         listeners = [each.on_break for each in self.options if each.on_break]
+        listeners += [each.listener for each in self.options if each.listener]
         if not listeners:
             return
         resource = getattr(internals.route_of(self.request), "resource", None)
@@ -827,6 +843,21 @@ def _take_part(followed: _Request, serving: _Serving) -> None:
             followed.options.append(options)
 
 
+def kept_requests() -> Set[int]:
+    """The ids of the requests that exceptions lead to which are to be severed later."""
+    connections = [found() for found in list(_connections.values())]
+    return {
+        id(value)
+        for connection in connections
+        if connection is not None
+        for exc, _ in list(connection.later.values())
+        for frame in frames_of(exc)
+        # The collector is asked: a frame that goes on would keep what f_locals gives.
+        for value in gc.get_referents(frame)
+        if web.BaseRequest in type(value).__mro__
+    }
+
+
 def follow_connection(task: Any) -> "Optional[_Connection]":
     """Follow a connection to the end of its task, if it is not followed yet."""
     key = id(task)
@@ -892,7 +923,8 @@ def note(request: web.BaseRequest, exc: BaseException, options: Options) -> None
         # Nobody else has most of what is raised, and a callback for it would cost more.
         if (
             sys.getrefcount(exc) == _UNSHARED
-            and options.is_plain
+            and options.are_default
+            and options.listener is None
             and not calls_are_followed
             and not leads_on(exc)
         ):

@@ -25,6 +25,7 @@ from .sever import is_exception, traceback_of
 __all__ = (
     "KEEPS_FIRST_ATTEMPTS",
     "GuardedProtocol",
+    "all_tasks",
     "body_size",
     "connection_frame",
     "connection_holds",
@@ -35,6 +36,7 @@ __all__ = (
     "follow_websockets",
     "forget_missing_route",
     "guard_connections",
+    "has_request",
     "is_awaited",
     "is_being_answered",
     "is_current",
@@ -349,6 +351,45 @@ def body_size(request: web.BaseRequest) -> int:
     """
     read = getattr(request, "_read_bytes", None) or b""
     return len(read) + sum(map(len, getattr(request.content, "_buffer", ())))
+
+
+def has_request(request: web.BaseRequest) -> bool:
+    """Whether the connection still has a request: it is served, or was the last one.
+
+    A connection serves one request at a time, and an idle keep-alive connection keeps
+    its last one, in a local variable of the coroutine that its task runs.  The
+    collector is asked, as in :func:`connection_holds`.
+
+    aiohttp: the local ``request`` of ``RequestHandler.start``, ``._task_handler`` and
+    ``BaseRequest._payload_writer``, which a clone of the request shares, 3.8 to 3.14.
+    The request itself knows its connection's task, and from 3.11.14 on only until its
+    response is sent.
+    """
+    task: Any = getattr(request, "_task", None)
+    if task is None:
+        task = getattr(getattr(request, "_protocol", None), "_task_handler", None)
+    if not isinstance(task, asyncio.Task) or task.done():
+        return False
+    owners = [each for each in (task.get_coro(), connection_frame(task)) if each]
+    return any(
+        web.BaseRequest in type(each).__mro__
+        and each._payload_writer is request._payload_writer
+        for each in gc.get_referents(*owners)
+    )
+
+
+def all_tasks() -> "List[asyncio.Task[Any]]":
+    """The tasks of every loop, those that are done too, but for what C keeps from it.
+
+    asyncio: ``tasks._all_tasks``, 3.8 to 3.11, and ``tasks._scheduled_tasks``, 3.12
+    and 3.13.  Without them, those of the running loop that are not done.
+    """
+    for name in ("_all_tasks", "_scheduled_tasks"):
+        try:
+            return list(getattr(asyncio.tasks, name))
+        except (AttributeError, RuntimeError):  # another thread makes a task
+            continue
+    return list(asyncio.all_tasks())
 
 
 def route_of(request: web.BaseRequest) -> Any:

@@ -1,6 +1,7 @@
 """How does an application install it? ``cyclebreak()`` and ``setup()``."""
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Callable, Optional
 from weakref import WeakSet
 
@@ -10,6 +11,7 @@ from . import guard, internals
 from .guard import at_rest, begin, note, passed
 from .internals import connection_of_plain
 from .options import BreakEvent, Options, make_options, switched_off
+from .radar import Radar, Watch, watch_application, watch_of
 
 __all__ = ("cyclebreak", "setup")
 
@@ -83,6 +85,7 @@ def setup(
     keep: Optional[Callable[[web.Request, BaseException], bool]] = None,
     on_break: Optional[Callable[[BreakEvent], Any]] = None,
     release_body: bool = False,
+    radar: Optional[Radar] = None,
 ) -> None:
     """Install the middleware at both ends of an application's chain.
 
@@ -98,16 +101,21 @@ def setup(
         keep: as for :func:`cyclebreak`.
         on_break: as for :func:`cyclebreak`.
         release_body: as for :func:`cyclebreak`.
+        radar: watch the requests of this application, and report those that are
+            still alive long after their response; :func:`stats` then gives numbers.
 
     Raises:
         TypeError: *app* is no application, or an option is of the wrong type.
-        RuntimeError: the application is frozen.
+        RuntimeError: the application is frozen, or *radar* is given the second time
+            and was not, or was another one, the first time.
 
     .. versionadded:: 0.1.0
     """
     if not isinstance(app, web.Application):
         raise TypeError(f"app must be an aiohttp.web.Application, not {app!r}")
     options = make_options(clear_frames, keep, on_break, release_body)
+    if radar is not None and not isinstance(radar, Radar):
+        raise TypeError(f"radar must be a Radar or None, not {radar!r}")
     if app.middlewares.frozen or app.on_startup.frozen:
         raise RuntimeError(
             f"{app!r} is frozen, it takes no middleware any more: call setup() "
@@ -117,8 +125,21 @@ def setup(
         _log_switched_off()
         return
     if any(middleware in _ends for middleware in app.middlewares):
+        watch = watch_of(app)
+        if radar is not None and (watch is None or watch.radar != radar):
+            raise RuntimeError(
+                f"setup() was called for {app!r} before, and not with {radar!r}: call "
+                "it once, with all its options"
+            )
         return
-    outermost, innermost = _make_layer(options), _make_inner_layer(options)
+    if radar is None:
+        outermost = _make_layer(options)
+    else:
+        watch = Watch(radar)
+        options = replace(options, listener=watch.counts.count)
+        outermost = _make_watching_layer(options, watch.add)
+        watch_application(app, outermost, watch)
+    innermost = _make_inner_layer(options)
     _ends.add(outermost)
     app.middlewares.insert(0, outermost)
     app.middlewares.append(innermost)
@@ -159,6 +180,26 @@ def _make_layer(options: Options) -> "Middleware":
         task = connection_of_plain(request, response)
         if task is None or id(task) not in at_rest or guard.calls_are_followed:
             passed(request, response, options)
+        return response
+
+    return cyclebreak_middleware
+
+
+def _make_watching_layer(
+    options: Options, add: Callable[[web.Request], None]
+) -> "Middleware":
+    @web.middleware
+    async def cyclebreak_middleware(
+        request: web.Request, handler: "Handler"
+    ) -> web.StreamResponse:
+        add(request)
+        begin(request, options)
+        try:
+            response = await handler(request)
+        except BaseException as exc:
+            note(request, exc, options)
+            raise
+        passed(request, response, options)
         return response
 
     return cyclebreak_middleware

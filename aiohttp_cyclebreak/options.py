@@ -74,13 +74,15 @@ class Options:
     keep: Optional[Callable[[web.Request, BaseException], bool]] = None
     on_break: Optional[Callable[[BreakEvent], Any]] = None
     release_body: bool = False
+    # As on_break, for the library itself: told after the quick way to sever too.
+    listener: Optional[Callable[[BreakEvent], None]] = None
 
-    is_plain: bool = field(init=False, compare=False)
+    are_default: bool = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Nobody is to be asked or told, and frames are emptied: asked for each request.
-        is_plain = self.clear_frames and self.keep is None and self.on_break is None
-        object.__setattr__(self, "is_plain", is_plain)
+        # Frames are emptied, and nobody is asked or told: found out once for all requests.
+        default = self.clear_frames and self.keep is None and self.on_break is None
+        object.__setattr__(self, "are_default", default)
 
 
 def make_options(
