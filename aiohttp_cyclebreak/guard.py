@@ -43,6 +43,7 @@ from .sever import (
     graph,
     handled_by,
     in_flight,
+    is_finished,
     leads_on,
     local_values,
     owns_its_traceback,
@@ -852,7 +853,7 @@ def kept_requests() -> Set[int]:
         if connection is not None
         for exc, _ in list(connection.later.values())
         for frame in frames_of(exc)
-        # The collector is asked: a frame that goes on would keep what f_locals gives.
+        if is_finished(frame)  # what a task of its own runs is for itself
         for value in gc.get_referents(frame)
         if web.BaseRequest in type(value).__mro__
     }

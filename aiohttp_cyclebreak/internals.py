@@ -357,11 +357,13 @@ def has_request(request: web.BaseRequest) -> bool:
     """Whether the connection still has a request: it is served, or was the last one.
 
     A connection serves one request at a time, and an idle keep-alive connection keeps
-    its last one, in a local variable of the coroutine that its task runs.  The
-    collector is asked, as in :func:`connection_holds`.
+    its last one, in a local variable of the coroutine that its task runs.  Another one
+    keeps the last response until the next: that may be an exception, whose traceback
+    leads to the request.  The collector is asked, as in :func:`connection_holds`.
 
-    aiohttp: the local ``request`` of ``RequestHandler.start``, ``._task_handler`` and
-    ``BaseRequest._payload_writer``, which a clone of the request shares, 3.8 to 3.14.
+    aiohttp: the locals ``request`` and ``resp`` of ``RequestHandler.start``, its
+    ``._task_handler``, ``StreamResponse._req`` and ``BaseRequest._payload_writer``,
+    which a clone of the request shares, 3.8 to 3.14.
     The request itself knows its connection's task, and from 3.11.14 on only until its
     response is sent.
     """
@@ -371,11 +373,17 @@ def has_request(request: web.BaseRequest) -> bool:
     if not isinstance(task, asyncio.Task) or task.done():
         return False
     owners = [each for each in (task.get_coro(), connection_frame(task)) if each]
-    return any(
-        web.BaseRequest in type(each).__mro__
-        and each._payload_writer is request._payload_writer
-        for each in gc.get_referents(*owners)
-    )
+    for each in gc.get_referents(*owners):
+        if web.BaseRequest in type(each).__mro__:
+            if each._payload_writer is request._payload_writer:
+                return True
+        elif web.StreamResponse in type(each).__mro__:
+            held = [each._req]
+            if is_exception(each):
+                held += gc.get_referents(*frames_of(each))
+            if any(known is request for known in held):
+                return True
+    return False
 
 
 def all_tasks() -> "List[asyncio.Task[Any]]":

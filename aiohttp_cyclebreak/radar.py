@@ -130,8 +130,9 @@ class Watch:
     def __init__(self, radar: Radar) -> None:
         self.radar = radar
         self.counts = Counts()
-        self.told: List[Callable[[Stats], None]] = []  # after each look
-        self.left: List[Callable[[], None]] = []  # when the application has stopped
+        # Called after each look, and when the application has stopped.
+        self.told: List[Callable[[Watch, Stats], None]] = []
+        self.left: List[Callable[[Watch], None]] = []
         # Each request is in one of these: in the first until its response is over.
         self._unsettled: Deque[ref[web.BaseRequest]] = deque()
         self._cohorts: List[_Cohort] = []
@@ -176,8 +177,9 @@ class Watch:
             task.cancel()
             await asyncio.wait([task])
             self._task = None
+            self._tell(time.monotonic())
             for leave in self.left:
-                leave()
+                leave(self)
 
     async def _look_from_time_to_time(self) -> None:
         while True:
@@ -193,9 +195,15 @@ class Watch:
             await asyncio.sleep(0)
         if self._is_report_due(now):
             await self._report(now)
-        told = self.stats(now)
+        self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        found = self.stats(now)
         for tell in self.told:
-            tell(told)
+            try:
+                tell(self, found)
+            except Exception:
+                complain("exporting what the radar has found")
 
     # Who is alive.
 

@@ -277,7 +277,6 @@ def test_streams_and_websockets_that_run_are_not_reported() -> None:
     """Nor a response that is still being sent, until they end."""
 
     async def main() -> None:
-        leaks = Leaks()
         end = asyncio.Event()
         running = 0
 
@@ -392,22 +391,23 @@ def test_a_request_whose_exception_another_one_has_is_not_reported() -> None:
 
         app = application(answer, refused, waits)
         async with serve(app) as service:
-            other = await service.connect()
-            await other.get("/waits/x")
-            await asyncio.wait_for(waiting.wait(), TIMEOUT)
-            client = await service.connect()
-            await client.get("/refused/x")
-            assert (await client.answer())[0] == 400
-            await client.get("/answer/x")
-            assert (await client.answer())[0] == 200
-            await spin()
-            found = await look(app)
-            assert (found.alive, found.outlived) == (3, 1)
-            assert len(guard.kept_requests()) == 1
-            for later in (31.0, 62.0, 3600.0):
-                found = await look(app, later)
-                assert found.overdue == {}
-            end.set()
+            other, client = await service.connect(), await service.connect()
+            try:
+                await other.get("/waits/x")
+                await asyncio.wait_for(waiting.wait(), TIMEOUT)
+                await client.get("/refused/x")
+                assert (await client.answer())[0] == 400
+                await client.get("/answer/x")
+                assert (await client.answer())[0] == 200
+                await spin()
+                found = await look(app)
+                assert (found.alive, found.outlived) == (3, 1)
+                assert len(guard.kept_requests()) == 1
+                for later in (31.0, 62.0, 3600.0):
+                    found = await look(app, later)
+                    assert found.overdue == {}
+            finally:
+                end.set()
             await other.answer()
             client.close()
             other.close()
@@ -644,7 +644,7 @@ def test_a_radar_that_fails_affects_no_request() -> None:
         looks = 0
         enough = asyncio.Event()
 
-        def fail(_: Stats) -> None:
+        def fail(_: Watch, found: Stats) -> None:
             nonlocal looks
             looks += 1
             if looks == 3:
@@ -659,7 +659,7 @@ def test_a_radar_that_fails_affects_no_request() -> None:
     with logged() as messages:
         run(main())
     assert len(messages) == 1
-    assert messages[0].startswith("the radar failed")
+    assert messages[0].startswith("exporting what the radar has found failed")
 
 
 def test_it_runs_with_the_application() -> None:
@@ -675,7 +675,7 @@ def test_it_runs_with_the_application() -> None:
         watch = watching(app)
         expected = 0
 
-        def tell(found: Stats) -> None:
+        def tell(_: Watch, found: Stats) -> None:
             if found.outlived == expected:
                 looks.set()
 

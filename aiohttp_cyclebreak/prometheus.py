@@ -1,0 +1,147 @@
+"""How does Prometheus get the numbers? ``export()``; needs ``prometheus_client``."""
+
+from dataclasses import replace
+from typing import Set
+from weakref import WeakKeyDictionary
+
+from aiohttp import web
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+
+from .counts import Stats
+from .radar import Watch, find_watch
+
+__all__ = ("export",)
+
+_PREFIX = "aiohttp_cyclebreak_"
+
+
+def export(app: web.Application, *, registry: CollectorRegistry = REGISTRY) -> None:
+    """Export the numbers of an application as metrics of ``prometheus_client``.
+
+    They are brought up to date whenever the radar looks, every ``interval`` of its, and
+    several applications of a process are added up.  It takes ``setup(app,
+    radar=Radar())``, then ``export(app)``, and whatever serves the registry.
+
+    These are the client's own counters and gauges, not a collector, and so they work
+    in its multiprocess mode too, where the gauges are of the processes that live.
+
+    Args:
+        app: an application, for which ``setup(app, radar=Radar())`` was called.
+        registry: where to register the metrics.
+
+    Raises:
+        TypeError: *app* is no application.
+        LookupError: the application is not watched by a radar.
+
+    See `the client's documentation
+    <https://prometheus.github.io/client_python/multiprocess/>`_ of that mode.
+
+    .. versionadded:: 0.1.0
+    """
+    watch = find_watch(app)
+    metrics = _exported.get(registry)
+    if metrics is None:
+        metrics = _exported[registry] = _Metrics(registry)
+    if watch is not None and metrics.show not in watch.told:
+        watch.told.append(metrics.show)
+        watch.left.append(metrics.forget)
+
+
+class _Metrics:
+    """The metrics in one registry, and what each application has added to them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.alive = Gauge(
+            _PREFIX + "requests_alive",
+            "Guarded requests that are alive, those being served included.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.outlived = Gauge(
+            _PREFIX + "requests_outlived",
+            "Guarded requests that are alive after their response.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.overdue = Gauge(
+            _PREFIX + "requests_overdue",
+            "Guarded requests that are alive longer than max_age after their response.",
+            ["route"],
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.oldest = Gauge(
+            _PREFIX + "oldest_overdue_request_age_seconds",
+            "How long ago the response of the oldest overdue request was.",
+            ["route"],
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.severed = Counter(
+            _PREFIX + "severed",
+            "Exceptions that requests have met and that were severed.",
+            ["route", "exception"],
+            registry=registry,
+        )
+        self.exceptions = Counter(
+            _PREFIX + "exceptions_cut",
+            "Exceptions that were severed, causes and contexts included.",
+            registry=registry,
+        )
+        self.frames = Counter(
+            _PREFIX + "frames_cut",
+            "Frames that were cleared of their locals.",
+            registry=registry,
+        )
+        self.reports = Counter(
+            _PREFIX + "reports",
+            "Reports of the radar.",
+            registry=registry,
+        )
+        self.errors = Counter(
+            _PREFIX + "errors",
+            "Failures of aiohttp-cyclebreak itself, or in a callback given to it.",
+            registry=registry,
+        )
+        self._errors = 0  # they are of the process
+        self._routes: Set[str] = set()
+        self._parts: WeakKeyDictionary[Watch, Stats] = WeakKeyDictionary()
+
+    def show(self, app: Watch, found: Stats) -> None:
+        """Show what has changed for one application."""
+        before = self._parts.get(app, Stats())
+        self._parts[app] = found
+        for key, times in found.severed.items():
+            self.severed.labels(*key).inc(times - before.severed.get(key, 0))
+        self.exceptions.inc(found.exceptions - before.exceptions)
+        self.frames.inc(found.frames - before.frames)
+        self.reports.inc(found.reports - before.reports)
+        self.errors.inc(max(0, found.errors - self._errors))
+        self._errors = found.errors
+        self._show_what_is_alive()
+
+    def forget(self, app: Watch) -> None:
+        """Show no requests of an application that has stopped."""
+        found = self._parts.get(app)
+        if found is not None:
+            gone = replace(found, alive=0, outlived=0, overdue={}, oldest={})
+            self._parts[app] = gone
+            self._show_what_is_alive()
+
+    def _show_what_is_alive(self) -> None:
+        parts = list(self._parts.values())
+        self.alive.set(sum(each.alive for each in parts))
+        self.outlived.set(sum(each.outlived for each in parts))
+        overdue = dict.fromkeys(self._routes, 0)  # those that have none any more too
+        oldest = dict.fromkeys(self._routes, 0.0)
+        for each in parts:
+            for route, number in each.overdue.items():
+                overdue[route] = overdue.get(route, 0) + number
+                oldest[route] = max(oldest.get(route, 0.0), each.oldest[route])
+        self._routes.update(overdue)
+        for route in overdue:
+            self.overdue.labels(route).set(overdue[route])
+            self.oldest.labels(route).set(oldest[route])
+
+
+_exported: "WeakKeyDictionary[CollectorRegistry, _Metrics]" = WeakKeyDictionary()
