@@ -2,7 +2,8 @@
 
 ``python -m tests.record_series`` serves each of them in a process of its own for
 fifteen minutes, with the same requests, scrapes them every 15 seconds and writes
-``docs/examples/recorded_series.json``.
+``recorded_series.json`` and ``alerts_test.yml`` in ``docs/examples``; with ``--minutes
+0`` only the second, from what was recorded before.
 
 - ``guarded``: refuses uploads, beside a radar and its metrics.
 - ``leaking``: the same, and keeps one request in ten in a list; its ``on_break`` fails.
@@ -22,11 +23,16 @@ from typing import Any, Dict, List
 import aiohttp
 from aiohttp import web
 
-RECORDED = pathlib.Path(__file__).parent.parent.joinpath(
-    "docs", "examples", "recorded_series.json"
-)
+EXAMPLES = pathlib.Path(__file__).parent.parent / "docs" / "examples"
+RECORDED = EXAMPLES / "recorded_series.json"
+TESTS = EXAMPLES / "alerts_test.yml"
 SERVICES = ("guarded", "leaking", "bare")
 INTERVAL = 15  # seconds between two scrapes
+ALERTED = (  # of these, those that a rule asks for
+    "aiohttp_cyclebreak_requests_o",
+    "aiohttp_cyclebreak_errors_total",
+    "python_gc_objects_collected_total",
+)
 METRICS = (
     "aiohttp_cyclebreak_requests_alive",
     "aiohttp_cyclebreak_requests_outlived",
@@ -159,6 +165,51 @@ async def record(minutes: float, ports: List[int]) -> Dict[str, Any]:
     }
 
 
+# Which alerts fire in the end.
+FIRING = {
+    "bare": ["CollectorPressure"],
+    "guarded": [],
+    "leaking": ["CyclebreakErrors", "LiveRequestsGrow", "RequestsOverdue"],
+}
+
+
+def tests_of_alerts(recorded: Dict[str, Any]) -> str:
+    """What ``promtool test rules`` is to find, given what was recorded."""
+    lines = [
+        "# Written by python -m tests.record_series: see there for the services.",
+        f"# {recorded['made_with']}; check with: promtool test rules alerts_test.yml",
+        "rule_files: [alerts.yml]",
+        f"evaluation_interval: {recorded['interval']}s",
+        "tests:",
+        f"  - interval: {recorded['interval']}s",
+        "    input_series:",
+    ]
+    samples = 0
+    for instance, series in recorded["services"].items():
+        for key, values in series.items():
+            name, _, labels = key.partition("{")
+            if not name.startswith(ALERTED):
+                continue
+            samples = max(samples, len(values))
+            labels = f'{{instance="{instance}",{labels}'.replace(",}", "}")
+            numbers = " ".join("_" if each is None else f"{each:g}" for each in values)
+            lines += [f"      - series: '{name}{labels}'", f"        values: {numbers}"]
+    lines.append("    promql_expr_test:")
+    expression = (
+        'count by (instance, alertname) (ALERTS{alertstate="firing",instance="%s"})'
+    )
+    for instance, firing in FIRING.items():
+        lines += [
+            f"      - expr: '{expression % instance}'",
+            f"        eval_time: {(samples - 1) * recorded['interval']}s",
+            "        exp_samples:" + ("" if firing else " []"),
+        ]
+        for alert in firing:
+            labels = f'{{instance="{instance}",alertname="{alert}"}}'
+            lines += [f"          - labels: '{labels}'", "            value: 1"]
+    return "\n".join(lines) + "\n"
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -174,9 +225,14 @@ def main() -> None:
     if arguments.serve:
         serve(arguments.serve, arguments.port[0])
         return
+    if arguments.minutes == 0:
+        recorded = json.loads(RECORDED.read_text())
+        TESTS.write_text(tests_of_alerts(recorded))
+        return
     ports = arguments.port or [free_port() for _ in SERVICES]
     recorded = asyncio.run(record(arguments.minutes, ports))
-    RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")
+    RECORDED.write_text(json.dumps(recorded) + "\n")
+    TESTS.write_text(tests_of_alerts(recorded))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ def make_report():
     cache = {}
 
     async def report(request):
-        # A hit is never found: each request is a key of its own.
-        if request not in cache:
-            cache[request] = f"report {request.match_info['number']}"
-        return web.Response(text=cache[request])
+        number = request.match_info["number"]
+        if number not in cache:
+            # What is kept for later calls has the whole request with it.
+            cache[number] = lambda: f"report {request.match_info['number']}"
+        return web.Response(text=cache[number]())
 
     return report
 
