@@ -1,6 +1,7 @@
 """What still leaks? Watches requests by weak reference, and reports who holds them."""
 
 import asyncio
+import importlib
 import logging
 import sys
 import time
@@ -164,6 +165,7 @@ class Watch:
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
         """Look from time to time, from the start of an application to its end."""
+        importlib.import_module(".chains", __package__)  # not when it is needed
         loop = asyncio.get_running_loop()
         self._running += 1  # several runners may serve it
         task = self._task
