@@ -116,7 +116,7 @@ def lint(session):
 @nox.parametrize("aiohttp", (SUSPECT, NEWEST), ids=("suspect", "newest"))
 def mypy(session, aiohttp):
     """Check the types, on both sides of every branch for a version of CPython."""
-    session.install("-e", ".[cli,lint]", "pytest", requirement(aiohttp))
+    session.install("-e", ".[cli,lint,prometheus]", "pytest", requirement(aiohttp))
     # The oldest that mypy knows, and the newest that is supported.
     for target in ("3.10", "3.13"):
         session.run("mypy", "--python-version", target)

@@ -73,7 +73,7 @@ def cost_of_a_request() -> float:
 
 
 async def longest_pause(watch: Watch, later: float) -> float:
-    """Milliseconds of CPU time for which a look keeps the event loop from everything else."""
+    """Milliseconds of CPU time for which a look keeps the event loop busy."""
     look = asyncio.ensure_future(watch.look(time.monotonic() + later))
     longest, before = 0.0, time.process_time()
     while not look.done():

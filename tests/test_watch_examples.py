@@ -12,7 +12,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from typing import Any, Dict, Set
+from typing import Any, Dict, List, Set
 
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
@@ -27,6 +27,12 @@ from .test_prometheus import Application
 from .test_radar import logged
 
 PROMTOOL = shutil.which("promtool")
+
+
+def _chain_lines(text: str) -> List[str]:
+    """What a report says of this service's own file and module."""
+    text = re.sub(r"\(.*/(?=three_leaks)", "(", text.replace("__main__", "three_leaks"))
+    return [line for line in text.splitlines() if "three_leaks" in line]
 
 
 def test_three_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +74,9 @@ def test_three_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
         r"coroutine send_mail \(.*three_leaks.py:\d+\): local variable 'request'", mail
     )
     assert "held by something that is not over" in mail
+    told = "\n".join(_chain_lines("\n".join(messages)))
+    for line in _chain_lines((EXAMPLES / "three_leaks.txt").read_text()):
+        assert line in told  # what the page shows
 
 
 def _metrics_of(text: str) -> Dict[str, float]:

@@ -55,4 +55,5 @@ def create_app(radar=None):
 
 
 if __name__ == "__main__":
-    web.run_app(create_app(Radar(max_age=5.0, interval=1.0, report_every=5.0)))
+    radar = Radar(max_age=5.0, interval=1.0, report_every=5.0)
+    web.run_app(create_app(radar), host="127.0.0.1")
