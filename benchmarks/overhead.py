@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List
 import aiohttp
 from aiohttp import web
 
-from aiohttp_cyclebreak import cyclebreak, guard_server, setup
+from aiohttp_cyclebreak import Radar, cyclebreak, guard_server, setup
 
 
 class Transport(asyncio.Transport):
@@ -64,6 +64,7 @@ WAYS: Dict[str, Callable[[web.Application], Any]] = {
     "setup()": setup,
     "guard_server()": lambda app: None,
     "release_body": lambda app: setup(app, release_body=True),
+    "radar": lambda app: setup(app, radar=Radar()),
 }
 REQUESTS = {
     "success": b"GET /ok HTTP/1.1\r\nHost: localhost\r\n\r\n",

@@ -372,6 +372,41 @@ def test_the_last_request_of_an_idle_connection_is_not_reported() -> None:
     assert len(messages) == 1
 
 
+def test_a_response_that_was_raised_is_kept_by_a_connection_that_goes_on() -> None:
+    """Until the next response, however long that takes: aiohttp itself has it."""
+
+    async def main() -> None:
+        end, started = asyncio.Event(), asyncio.Event()
+
+        async def stream(request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            started.set()
+            await end.wait()
+            return response
+
+        app = application(refuse, stream)
+        async with serve(app) as service:
+            client = await service.connect()
+            try:
+                await client.get("/refuse/x")
+                assert (await client.answer())[0] == 400
+                await client.get("/stream/x")
+                await asyncio.wait_for(started.wait(), TIMEOUT)
+                for later in (0.0, 31.0, 3600.0):
+                    found = await look(app, later)
+                    assert (found.outlived, found.overdue) == (0, {})
+            finally:
+                end.set()
+            client.close()
+            await closed(service)
+            assert (await look(app)).alive == 0
+
+    with logged() as messages, no_collector():
+        run(main())
+    assert messages == []
+
+
 def test_a_request_whose_exception_another_one_has_is_not_reported() -> None:
     """The guard severs it when the connection is done, or the other request."""
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from typing import Any, Dict, List, Set
@@ -71,9 +72,13 @@ def test_three_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "three_leaks.py:" in reports["/report/{number}"]
     mail = reports["/mail"]
     assert re.search(
-        r"coroutine send_mail \(.*three_leaks.py:\d+\): local variable 'request'", mail
+        r"(coroutine|frame of) send_mail \(.*three_leaks.py:\d+\): "
+        r"local variable 'request'",
+        mail,
     )
     assert "held by something that is not over" in mail
+    if sys.version_info < (3, 11):  # a coroutine and its frame are two objects there
+        return
     told = "\n".join(_chain_lines("\n".join(messages)))
     for line in _chain_lines((EXAMPLES / "three_leaks.txt").read_text()):
         assert line in told  # what the page shows
