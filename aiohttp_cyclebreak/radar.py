@@ -215,7 +215,10 @@ class Watch:
         for number in range(1, len(unsettled) + 1):
             if not unsettled:  # the dead were forgotten meanwhile
                 break
-            self._settle(unsettled.popleft(), new, now)
+            try:
+                self._settle(unsettled.popleft(), new, now)
+            except Exception:  # of a resource, say, that fails to tell its path
+                complain("looking at a request that is alive")
             if number % _SLICE == 0:
                 yield
         self._many = max(_MANY, 2 * len(unsettled))

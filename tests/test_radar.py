@@ -702,6 +702,35 @@ def test_a_radar_that_fails_affects_no_request() -> None:
     assert messages[0].startswith("exporting what the radar has found failed")
 
 
+@pytest.mark.expects_complaint
+def test_a_resource_that_fails_to_tell_its_path() -> None:
+    """Its requests are not watched, all others are."""
+
+    class Resource(web.PlainResource):
+        @property
+        def canonical(self) -> str:
+            if HELD:
+                raise ValueError("of a resource")
+            return "/hostile"
+
+    async def main() -> None:
+        leaks = Leaks()
+        app = application(leaks.in_a_list)
+        resource = Resource("/hostile")
+        resource.add_route("GET", leaks.in_a_list)
+        app.router.register_resource(resource)
+        async with serve(app) as service:
+            for path in ("/in_a_list/x", "/hostile", "/in_a_list/y"):
+                assert await service.ask(path) == (200, "ok")
+            await closed(service)
+            assert (await look(app)).outlived == 2
+
+    with logged() as messages:
+        run(main())
+    assert len(messages) == 1
+    assert messages[0].startswith("looking at a request that is alive failed")
+
+
 def test_it_runs_with_the_application() -> None:
     """From its start, restarts included, and one task for all that serve it."""
 
