@@ -338,7 +338,7 @@ class Watch:
         finally:
             looking.end()
         if chain is None:
-            return "held by nothing any more."
+            return "held by nothing that the garbage collector knows of any more."
         if chain.kind == "unknown" and reason:
             return f"held by something that was not found: {reason}"
         return str(chain)

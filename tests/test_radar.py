@@ -6,13 +6,15 @@ import dataclasses
 import gc
 import logging
 import math
+import threading
 import time
 from typing import Any, Dict, Iterator, List
 
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import Radar, Stats, guard, radar, setup, stats
+from aiohttp_cyclebreak import BreakEvent, Radar, Stats, guard, radar, setup, stats
+from aiohttp_cyclebreak.counts import Counts
 from aiohttp_cyclebreak.radar import Watch, watch_of
 
 from .service import LOOPS, TIMEOUT, Service, alive, no_collector, run, serve, spin
@@ -269,7 +271,7 @@ def test_a_request_that_goes_during_the_search_is_no_news() -> None:
     with logged() as messages:
         run(main())
     assert len(messages) == 1
-    assert messages[0].endswith("held by nothing any more.")
+    assert messages[0].endswith("the garbage collector knows of any more.")
 
 
 async def _open_stream(service: Service, path: str) -> Any:
@@ -591,6 +593,54 @@ def test_names_are_bounded() -> None:
     assert not [
         each for each in web.HTTPBadRequest.__subclasses__() if "Error" in each.__name__
     ]
+
+
+def test_pairs_of_names_are_bounded() -> None:
+    """Many routes, and many types on each, are named up to a limit."""
+    counts = Counts()
+    types = [type(f"Error{number}", (Exception,), {}) for number in range(10)]
+    for number in range(300):
+        for each in types:
+            counts.count(BreakEvent("GET", f"/{number}", each, 1, 1, 1))
+    assert len(counts.severed) == 1001
+    assert len({route for route, _ in counts.severed}) <= 201
+    assert counts.severed["other", "other"] == 2000
+    assert counts.exceptions == 3000
+
+
+def test_a_thread_that_has_a_request_is_named() -> None:
+    """An executor's job that never ends holds what it was given."""
+
+    async def main() -> None:
+        end, started = threading.Event(), asyncio.Event()
+        jobs: List[Any] = []
+        loop = asyncio.get_running_loop()
+
+        def job(request: web.Request) -> None:
+            loop.call_soon_threadsafe(started.set)
+            end.wait(TIMEOUT)
+
+        async def hands_over(request: web.Request) -> web.Response:
+            jobs.append(loop.run_in_executor(None, job, request))
+            return web.Response(text="ok")
+
+        app = application(hands_over)
+        async with serve(app) as service:
+            try:
+                await service.ask("/hands_over/x")
+                await asyncio.wait_for(started.wait(), TIMEOUT)
+                await closed(service)
+                await look(app)
+                await look(app, 31.0)
+            finally:
+                end.set()
+            await asyncio.wait(jobs)
+
+    with logged() as messages:
+        run(main())
+    assert len(messages) == 1
+    assert "job (" in messages[0] or "run (" in messages[0]
+    assert "held by something that is not over" in messages[0]
 
 
 @pytest.mark.parametrize("held", [False, True])
