@@ -219,7 +219,7 @@ def _promtool(*arguments: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.processes
 def test_the_alerts_fire_on_recorded_series() -> None:
     """Promtool finds that they do for the leaking service, and not for the guarded."""
-    checked = _promtool("check", "rules", "alerts.yml")
+    checked = _promtool("check", "config", "prometheus.yml")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     tested = _promtool("test", "rules", "alerts_test.yml")
     assert tested.returncode == 0, tested.stdout + tested.stderr
