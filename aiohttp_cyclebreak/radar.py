@@ -181,7 +181,10 @@ class Watch:
             self._task = None
             self._tell(time.monotonic())
             for leave in self.left:
-                leave(self)
+                try:
+                    leave(self)
+                except Exception:
+                    complain("exporting that an application has stopped")
 
     async def _look_from_time_to_time(self) -> None:
         while True:
