@@ -67,6 +67,7 @@ __all__ = (
     "note_parser_error",
     "note_successful_call",
     "passed",
+    "pending",
 )
 
 logger = logging.getLogger("aiohttp_cyclebreak")
@@ -105,7 +106,8 @@ at_rest: Set[int] = set()  # the keys of those that have no exception to be seve
 _callers: "Dict[int, ref[_Caller]]" = {}
 # Who has noted an exception.
 _in_hand: "Dict[int, Tuple[ref[_Holder], ...]]" = {}
-_put_off: "Dict[int, ref[_Connection]]" = {}  # by which connection
+# The same of what a connection has put off.
+pending: "Dict[int, ref[_Connection]]" = {}
 
 # Where a request has what follows it, beside its own attributes.
 _FOLLOWED = "_cyclebreak"
@@ -551,7 +553,7 @@ class _Connection:
             return False
         self.raised_by = ref(request)
         self.raised_key = key = id(exc)
-        _put_off[key] = self.reference
+        pending[key] = self.reference
         at_rest.discard(self.key)
         return True
 
@@ -573,8 +575,8 @@ class _Connection:
             return None
         self.raised = None
         at_rest.add(self.key)
-        if _put_off.get(self.raised_key) is self.reference:  # or another is there now
-            del _put_off[self.raised_key]
+        if pending.get(self.raised_key) is self.reference:  # or another is there now
+            del pending[self.raised_key]
         return reference()
 
     def sever_raised(self, known: int = 4) -> None:
@@ -714,17 +716,25 @@ def follow_calls() -> None:
 
 
 def begin(request: web.BaseRequest, options: Options) -> None:
-    """Make the outgoing calls that follow, here and in child tasks, the request's."""
-    if not calls_are_followed:
-        return
+    """Take up a request: the one before it on the connection is done for certain.
+
+    Its outgoing calls, here and in child tasks, are followed as the request's.
+    """
     try:
+        if pending:
+            found = _connections.get(id(request.task))
+            connection = None if found is None else found()
+            if connection is not None:
+                connection.sever_earlier(request)
+        if not calls_are_followed:
+            return
         serving = _serving.get()
         if serving is None or serving.request() is not request:
             _serving.set(_Serving(request, options))
         elif not any(each is options for each in serving.options):
             serving.options.append(options)
     except Exception:
-        _complain("following a request's calls")
+        _complain("taking up a request")
 
 
 def _calls_of(request: web.BaseRequest) -> Optional[_Serving]:
@@ -877,8 +887,8 @@ def _forget_connection(reference: "ref[_Connection]") -> None:
     for key in [key for key, each in _connections.items() if each is reference]:
         del _connections[key]
         at_rest.discard(key)
-    for key in [key for key, each in _put_off.items() if each is reference]:
-        del _put_off[key]
+    for key in [key for key, each in pending.items() if each is reference]:
+        del pending[key]
 
 
 def note_parser_error(task: Any, exc: BaseException) -> None:
@@ -1027,7 +1037,7 @@ def _somebody_has(exc: BaseException) -> bool:
     for holder in _in_hand.get(id(exc), ()):
         if holder() is not None:
             return True
-    found = _put_off.get(id(exc))
+    found = pending.get(id(exc))
     connection = None if found is None else found()
     if connection is None or connection.raised is None:
         return False

@@ -20,7 +20,7 @@ from aiohttp import hdrs, web, web_app, web_protocol
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_urldispatcher import SystemRoute
 
-from .sever import is_exception, traceback_of
+from .sever import frames_of, is_exception, traceback_of
 
 __all__ = (
     "KEEPS_FIRST_ATTEMPTS",

@@ -8,7 +8,7 @@ from weakref import WeakSet
 from aiohttp import web
 
 from . import guard, internals
-from .guard import at_rest, begin, note, passed
+from .guard import at_rest, begin, note, passed, pending
 from .internals import connection_of_plain
 from .options import BreakEvent, Options, make_options, switched_off
 from .radar import Radar, Watch, watch_application, watch_of
@@ -168,14 +168,14 @@ def _make_layer(options: Options) -> "Middleware":
     async def cyclebreak_middleware(
         request: web.Request, handler: "Handler"
     ) -> web.StreamResponse:
-        if guard.calls_are_followed:
+        if pending or guard.calls_are_followed:
             begin(request, options)
         try:
             response = await handler(request)
         except BaseException as exc:
             note(request, exc, options)
             raise
-        # Most keep nothing, on a connection with nothing to be severed: this question is
+        # Most keep nothing, on a connection with nothing to be severed: this is
         # all that they pay for.
         task = connection_of_plain(request, response)
         if task is None or id(task) not in at_rest or guard.calls_are_followed:

@@ -80,7 +80,7 @@ class Options:
     are_default: bool = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Frames are emptied, and nobody is asked or told: found out once for all requests.
+        # Found out once for all requests.
         default = self.clear_frames and self.keep is None and self.on_break is None
         object.__setattr__(self, "are_default", default)
 
