@@ -1,0 +1,245 @@
+"""What an application goes through under load: memory, CPU, collections, latency.
+
+Each contender is a process of its own; the load comes from this one.  All of them are
+measured by turns, so that each stands beside the control of the same minute.
+``nox -s bench -- load`` makes the virtual environments and runs it.
+"""
+
+import asyncio
+import gc
+import random
+import statistics
+import time
+from typing import Any, Dict, List, NamedTuple, Sequence
+
+from clients import Load, upload
+from processes import FIXED, NEWEST, SUSPECT, Environments, Service, say
+from ways import THRESHOLD, TIMER
+
+
+class Contender(NamedTuple):
+    """Something to do about requests that stay, or nothing."""
+
+    name: str
+    aiohttp: str
+    way: str = "bare"
+    workaround: str = "none"
+    control: str = "3.10.11"
+
+
+CONTENDERS = (
+    Contender("3.10.11", SUSPECT),
+    Contender("3.10.11, setup(app)", SUSPECT, way="setup()"),
+    Contender(
+        f"3.10.11, gc.collect() every {TIMER:g} s", SUSPECT, workaround="timer"
+    ),
+    Contender(
+        f"3.10.11, gc.set_threshold{THRESHOLD}", SUSPECT, workaround="threshold"
+    ),
+    Contender("3.11.18", FIXED),
+    Contender("newest", NEWEST, control="newest"),
+    Contender("newest, setup(app)", NEWEST, way="setup()", control="newest"),
+)
+
+
+class Uploads(NamedTuple):
+    """Bodies that are read, held for a while and refused: issue #10548's kind."""
+
+    number: int = 3000
+    at_a_time: int = 100
+    size: int = 500_000
+    hold: float = 0.3
+    rounds: int = 1
+
+    @property
+    def in_flight(self) -> int:
+        return self.at_a_time * self.size
+
+    async def warm_up(self, service: Service) -> Any:
+        await upload(service.ports[service.way], 20, 5, 1000)
+
+    async def run(self, service: Service, _: Any) -> List[float]:
+        port = service.ports[service.way]
+        return await upload(port, self.number, self.at_a_time, self.size)
+
+
+class Requests(NamedTuple):
+    """Small requests at a fixed rate on kept connections; every second is refused."""
+
+    rate: float = 800.0
+    seconds: float = 1.0
+    connections: int = 100
+    hold: float = 0.05
+    rounds: int = 6
+    in_flight: int = 0
+
+    async def warm_up(self, service: Service) -> Any:
+        load = await Load.connect(service.ports[service.way], self.connections)
+        await load.at_rate(["success", "failure"], self.rate, 0.5)
+        return load
+
+    async def run(self, service: Service, load: Any) -> List[float]:
+        return await load.at_rate(  # type: ignore[no-any-return]
+            ["success", "failure"], self.rate, self.seconds
+        )
+
+
+class Run:
+    """One contender under one load, in as many turns as there are rounds."""
+
+    def __init__(self, contender: Contender, load: Any) -> None:
+        self.contender = contender
+        self.load = load
+        self.latencies: List[float] = []
+        self.turns: List[Dict[str, Any]] = []
+        self.memory: List[Any] = []  # seconds, bytes more than when idle
+
+    async def start(self, environments: Environments, python: str, others: int) -> None:
+        contender = self.contender
+        self.service = await Service.start(
+            environments.interpreter(python, contender.aiohttp),
+            *("--ways", contender.way),
+            *("--workaround", contender.workaround),
+            *("--hold", str(self.load.hold)),
+            *("--objects", str(others)),
+        )
+        self.service.way = contender.way
+        self.connected = await self.load.warm_up(self.service)
+
+    async def turn(self) -> None:
+        idle = (await self.service.tell("start"))["idle"]
+        watching = asyncio.ensure_future(self._watch(idle))
+        try:
+            latencies = await self.load.run(self.service, self.connected)
+        finally:
+            watching.cancel()
+        turn = await self.service.tell("stop")
+        turn["requests"] = len(latencies)
+        self.turns.append(turn)
+        self.latencies += latencies
+
+    async def _watch(self, idle: int) -> None:
+        start = time.perf_counter()
+        while True:
+            seconds = round(time.perf_counter() - start, 2)
+            self.memory.append((seconds, self.service.resident() - idle))
+            await asyncio.sleep(0.1)
+
+    async def stop(self) -> None:
+        await self.service.stop()
+        if self.connected is not None:
+            self.connected.close()
+
+    def result(self) -> Dict[str, Any]:
+        requests = sum(turn["requests"] for turn in self.turns)
+        waited = sorted(each - self.load.hold for each in self.latencies)
+        at = {
+            f"p{percent:g}": 1e3 * waited[min(len(waited) - 1, int(len(waited) * percent / 100))]
+            for percent in (50, 99, 99.9)
+        }
+        result = {
+            "contender": self.contender.name,
+            "control": self.contender.control,
+            "aiohttp": self.service.aiohttp,
+            "requests": requests,
+            "cpu_us": 1e6 * sum(turn["cpu"] for turn in self.turns) / requests,
+            "cpu_turns_us": [
+                1e6 * turn["cpu"] / turn["requests"] for turn in self.turns
+            ],
+            "growth": max(turn["growth"] for turn in self.turns),
+            "full_collections": sum(turn["collections"][2] for turn in self.turns),
+            "paused_ms": 1e3 * sum(turn["paused"] for turn in self.turns),
+            "longest_pause_ms": 1e3 * max(turn["longest_pause"] for turn in self.turns),
+            "latency_ms": at,
+        }
+        if self.load.in_flight:
+            result["growth_in_flight"] = result["growth"] / self.load.in_flight
+            result["memory"] = [
+                (seconds, round(more / 2**20, 1)) for seconds, more in self.memory
+            ]
+        return result
+
+
+def beside_control(results: List[Dict[str, Any]]) -> None:
+    """Add what is had by comparison, turn by turn."""
+    by_name = {result["contender"]: result for result in results}
+    for result in results:
+        control = by_name[result["control"]]
+        ratios = [
+            mine / other
+            for mine, other in zip(result["cpu_turns_us"], control["cpu_turns_us"])
+        ]
+        result["cpu_times"] = statistics.median(ratios)
+        result["cpu_times_range"] = [min(ratios), max(ratios)]
+        result["p99.9_more_ms"] = (
+            result["latency_ms"]["p99.9"] - control["latency_ms"]["p99.9"]
+        )
+
+
+async def compare(
+    environments: Environments,
+    python: str,
+    load: Any,
+    others: int,
+    contenders: Sequence[Contender] = CONTENDERS,
+) -> Dict[str, Any]:
+    """Put every contender under one load, by turns."""
+    runs = [Run(contender, load) for contender in contenders]
+    order = random.Random(0)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # what this process does must not be seen in the latencies
+    try:
+        if load.rounds > 1:
+            for run in runs:
+                await run.start(environments, python, others)
+        for _ in range(load.rounds):
+            turns = list(runs)
+            order.shuffle(turns)
+            for run in turns:
+                if load.rounds == 1:
+                    await run.start(environments, python, others)
+                await run.turn()
+                if load.rounds == 1:
+                    await run.stop()
+                gc.collect()
+        for run in runs:
+            await run.stop()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    results = [run.result() for run in runs]
+    beside_control(results)
+    for result in results:
+        memory = result.get("growth_in_flight")
+        say(
+            f"  {result['contender']:32} {result['cpu_us']:7.0f} us"
+            f" x{result['cpu_times']:.3f}"
+            f"  full {result['full_collections']:3}"
+            f"  paused {result['paused_ms']:6.0f} ms"
+            f"  p50/99/99.9 {'/'.join(f'{each:.1f}' for each in result['latency_ms'].values())} ms"
+            + ("" if memory is None else f"  grows {memory:.2f} x in flight")
+        )
+    return {
+        "load": type(load).__name__.lower(),
+        "parameters": load._asdict(),
+        "python": runs[0].service.python,
+        "others": others,
+        "results": results,
+    }
+
+
+async def main(
+    environments: Environments, pythons: Sequence[str], quick: bool
+) -> List[Dict[str, Any]]:
+    uploads, requests = Uploads(), Requests()
+    if quick:
+        uploads = uploads._replace(number=600)
+        requests = requests._replace(seconds=0.5, rounds=2)
+    found = []
+    for python in pythons:
+        for load in (uploads, requests):
+            for others in (0, 1_000_000):
+                say(f"{type(load).__name__}, CPython {python}, {others} other objects")
+                found.append(await compare(environments, python, load, others))
+    return found

@@ -1,0 +1,83 @@
+"""What is compared: how an application is guarded, or what else is tried."""
+
+import asyncio
+import gc
+import time
+from typing import Any, Callable, Dict
+
+from aiohttp import web
+
+from aiohttp_cyclebreak import cyclebreak, guard_server, setup
+
+
+@web.middleware
+async def idle(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Only await the handler: what any middleware costs."""
+    return await handler(request)  # type: ignore[no-any-return]
+
+
+WAYS: Dict[str, Callable[[web.Application], Any]] = {
+    "bare": lambda app: None,
+    "idle middleware": lambda app: app.middlewares.append(idle),
+    "cyclebreak()": lambda app: app.middlewares.append(cyclebreak()),
+    "setup()": setup,
+    "guard_server()": lambda app: None,
+    "release_body": lambda app: setup(app, release_body=True),
+}
+
+
+async def start_runner(app: web.Application, way: str) -> web.AppRunner:
+    """Guard an application in one of the WAYS, and get it ready to be served."""
+    WAYS[way](app)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    if way == "guard_server()":
+        guard_server(runner)
+    return runner
+
+
+TIMER = 1.0  # seconds
+THRESHOLD = (100, 5, 5)
+
+
+async def _collect_by_timer() -> None:
+    while True:
+        await asyncio.sleep(TIMER)
+        gc.collect()
+
+
+# What people do about memory that grows, without any library.
+WORKAROUNDS: Dict[str, Callable[[], Any]] = {
+    "none": lambda: None,
+    "timer": lambda: asyncio.ensure_future(_collect_by_timer()),
+    "threshold": lambda: gc.set_threshold(*THRESHOLD),
+}
+
+
+class Collector:
+    """What the cyclic garbage collector does from now on."""
+
+    def __init__(self) -> None:
+        self.collections = [0, 0, 0]
+        self.paused = 0.0
+        self.longest = 0.0
+        gc.callbacks.append(self._called)
+
+    def _called(self, phase: str, info: Dict[str, int]) -> None:
+        if phase == "start":
+            self._started = time.perf_counter()
+            return
+        paused = time.perf_counter() - self._started
+        self.collections[info["generation"]] += 1
+        self.paused += paused
+        self.longest = max(self.longest, paused)
+
+    def stop(self) -> None:
+        gc.callbacks.remove(self._called)
+
+
+def make_objects(number: int) -> Any:
+    """Make other objects that stay, and are in the oldest generation."""
+    objects: Any = [[] for _ in range(number)]
+    gc.collect()
+    return objects
