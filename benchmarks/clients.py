@@ -27,11 +27,13 @@ def check(answer: bytes, status: bytes) -> None:
         raise RuntimeError(f"expected {status!r}, not {answer[:200]!r}")
 
 
-async def upload(port: int, number: int, at_a_time: int, size: int) -> List[float]:
-    """POST bodies that are refused, each on a connection of its own.
+async def upload(
+    port: int, number: int, at_a_time: int, size: int, keep_alive: bool
+) -> List[float]:
+    """POST bodies that are refused, on kept connections or each on one of its own.
 
     Returns:
-        For each, the seconds from connecting to the end of the answer.
+        For each, the seconds from connecting or sending to the end of the answer.
     """
     loop = asyncio.get_running_loop()
     request = (
@@ -41,21 +43,27 @@ async def upload(port: int, number: int, at_a_time: int, size: int) -> List[floa
     left = iter(range(number))
 
     async def one_after_another() -> None:
+        sock = None
         for _ in left:
-            sock = socket.socket()
-            sock.setblocking(False)
             start = time.perf_counter()
-            with sock:
+            if sock is None:
+                sock = socket.socket()
+                sock.setblocking(False)
                 await loop.sock_connect(sock, ("127.0.0.1", port))
-                await loop.sock_sendall(sock, request)
-                answer = b""
-                while len(answer) < (length_of(answer) or len(answer) + 1):
-                    received = await loop.sock_recv(sock, 65536)
-                    if not received:
-                        raise ConnectionError("the server closed the connection")
-                    answer += received
+            await loop.sock_sendall(sock, request)
+            answer = b""
+            while len(answer) < (length_of(answer) or len(answer) + 1):
+                received = await loop.sock_recv(sock, 65536)
+                if not received:
+                    raise ConnectionError("the server closed the connection")
+                answer += received
+            if not keep_alive:
+                sock.close()
+                sock = None
             taken.append(time.perf_counter() - start)
             check(answer, b"400")
+        if sock is not None:
+            sock.close()
 
     await asyncio.gather(*(one_after_another() for _ in range(at_a_time)))
     return taken

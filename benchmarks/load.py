@@ -49,6 +49,7 @@ class Uploads(NamedTuple):
     at_a_time: int = 100
     size: int = 500_000
     hold: float = 0.3
+    keep_alive: bool = False
     rounds: int = 1
 
     @property
@@ -56,11 +57,13 @@ class Uploads(NamedTuple):
         return self.at_a_time * self.size
 
     async def warm_up(self, service: Service) -> Any:
-        await upload(service.ports[service.way], 20, 5, 1000)
+        await upload(service.ports[service.way], 20, 5, 1000, True)
 
     async def run(self, service: Service, _: Any) -> List[float]:
         port = service.ports[service.way]
-        return await upload(port, self.number, self.at_a_time, self.size)
+        return await upload(
+            port, self.number, self.at_a_time, self.size, self.keep_alive
+        )
 
 
 class Requests(NamedTuple):

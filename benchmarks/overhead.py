@@ -1,130 +1,132 @@
 """CPU time a request, beside bare aiohttp and a middleware that does nothing.
 
-Each way is fed the same bytes by turns, in one process and without a socket; the
-median of many batches counts, the collector's work included.  Run it with the
-aiohttp and the CPython that you have: ``python benchmarks/overhead.py``.
+Each way is fed the same bytes by turns, in one process and without a socket, the
+collector's work included; the median of many short batches counts, each compared with
+the batch of the control in the same round.  Run it with the aiohttp and the CPython
+that you have: ``python benchmarks/overhead.py``.  With ``--output`` several processes
+measure one after the other, and pyperf writes what they found: ``python -m pyperf
+stats`` and ``compare_to`` read it.
 """
 
 import argparse
 import asyncio
-import gc
+import json
 import platform
-import statistics
+import subprocess
+import sys
 import time
-from typing import Any, Callable, Dict, List
+from typing import Any, Dict, List
 
 import aiohttp
-from aiohttp import web
-
-from aiohttp_cyclebreak import Radar, cyclebreak, guard_server, setup
-
-
-class Transport(asyncio.Transport):
-    """Takes what is written, and counts it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.writes = 0
-
-    def write(self, data: Any) -> None:
-        self.writes += 1
-
-    def writelines(self, data: Any) -> None:
-        self.writes += 1
-
-    def is_closing(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        pass
+from compare import Taken, compared, lines
+from inprocess import REQUESTS, Connection, by_turns, serve
+from ways import WAYS, make_objects
 
 
-@web.middleware
-async def idle(request: web.Request, handler: Any) -> web.StreamResponse:
-    return await handler(request)  # type: ignore[no-any-return]
-
-
-async def answer(request: web.Request) -> web.Response:
-    return web.Response(text="ok")
-
-
-async def refuse(request: web.Request) -> web.Response:
-    raise web.HTTPBadRequest
-
-
-async def receive(request: web.Request) -> web.Response:
-    await request.read()
-    return web.Response(text="ok")
-
-
-WAYS: Dict[str, Callable[[web.Application], Any]] = {
-    "bare": lambda app: None,
-    "idle": lambda app: app.middlewares.append(idle),
-    "cyclebreak()": lambda app: app.middlewares.append(cyclebreak()),
-    "setup()": setup,
-    "guard_server()": lambda app: None,
-    "release_body": lambda app: setup(app, release_body=True),
-    "radar": lambda app: setup(app, radar=Radar()),
-}
-REQUESTS = {
-    "success": b"GET /ok HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "failure": b"GET /fail HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "upload": b"POST /body HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody",
-}
-
-
-async def connect(way: str) -> Any:
-    app = web.Application()
-    app.router.add_get("/ok", answer)
-    app.router.add_get("/fail", refuse)
-    app.router.add_post("/body", receive)
-    WAYS[way](app)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    if way == "guard_server()":
-        guard_server(runner)
-    assert runner.server is not None
-    protocol, transport = runner.server(), Transport()
-    protocol.connection_made(transport)
+async def measure(
+    rounds: int, size: int, objects: int, kinds: List[str], seed: int
+) -> Taken:
+    others = make_objects(objects)
+    connections = {way: [Connection(await serve(way))] for way in WAYS}
     await asyncio.sleep(0)
-    return protocol, transport
+    taken = {
+        kind: await by_turns(connections, kind, rounds, size, seed) for kind in kinds
+    }
+    assert len(others) == objects
+    return taken
 
 
-async def batch(protocol: Any, transport: Transport, data: bytes, size: int) -> float:
-    """Microseconds a request."""
-    start = time.process_time()
-    for _ in range(size):
-        writes = transport.writes
-        protocol.data_received(data)
-        while transport.writes == writes:
-            await asyncio.sleep(0)
-        await asyncio.sleep(0)
-    return (time.process_time() - start) / size * 1e6
+def in_processes(number: int, options: List[str]) -> List[Taken]:
+    """Run this program again, and again; the values differ more between processes."""
+    runs = []
+    for seed in range(number):
+        command = [sys.executable, __file__, "--worker", "--seed", str(seed), *options]
+        output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+        runs.append(json.loads(output))
+    return runs
 
 
-async def main(batches: int, size: int, objects: int) -> None:
-    ballast: List[Any] = [[] for _ in range(objects)]
-    gc.collect()
-    connections = {way: await connect(way) for way in WAYS}
+def write_pyperf(path: str, runs: List[Taken], size: int) -> None:
+    """Write the values of all processes as pyperf's benchmarks, in its format.
+
+    pyperf's own runner measures one benchmark after the other, each in processes of
+    its own: what is to be compared within a round would be minutes apart.
+    """
+    import pyperf
+
+    benchmarks = []
+    for kind in runs[0]:
+        for way in runs[0][kind]:
+            metadata = {
+                "name": f"{kind}: {way}",
+                "unit": "second",
+                "loops": size,
+                "aiohttp_version": aiohttp.__version__,
+                "timer": "time.process_time()",
+            }
+            benchmarks.append(
+                pyperf.Benchmark(
+                    [
+                        pyperf.Run(
+                            run[kind][way], metadata=metadata, collect_metadata=False
+                        )
+                        for run in runs
+                    ]
+                )
+            )
+    pyperf.BenchmarkSuite(benchmarks).dump(path, replace=True)
+
+
+def show(rows: List[Dict[str, Any]], objects: int) -> None:
     print(
         f"aiohttp {aiohttp.__version__} on CPython {platform.python_version()}, "
-        f"{platform.machine()}, {len(ballast)} other objects; "
-        "microseconds a request, and how many times bare"
+        f"{platform.machine()}, {objects} other objects; CPU time a request in "
+        "microseconds, how much more than with the idle middleware, how many times bare"
     )
-    for kind, data in REQUESTS.items():
-        taken: Dict[str, List[float]] = {way: [] for way in WAYS}
-        for _ in range(batches):
-            for way, (protocol, transport) in connections.items():
-                taken[way].append(await batch(protocol, transport, data, size))
-        bare = statistics.median(taken["bare"])
-        for way, times in taken.items():
-            median = statistics.median(times)
-            print(f"{kind:8} {way:15} {median:7.1f}  {median / bare:5.3f}")
+    print("\n".join(lines(rows)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--size", type=int, default=200, help="requests a batch")
+    parser.add_argument("--objects", type=int, default=0, help="others kept alive")
+    parser.add_argument("--kinds", nargs="+", choices=REQUESTS, default=list(REQUESTS))
+    parser.add_argument("--processes", type=int, default=0, help="0: this one only")
+    parser.add_argument("--output", help="for pyperf: a file to write")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    args = parser.parse_args()
+    measured = {
+        "rounds": args.rounds,
+        "size": args.size,
+        "objects": args.objects,
+        "kinds": args.kinds,
+    }
+    if args.processes:
+        options = ["--kinds", *args.kinds]
+        for name in ("rounds", "size", "objects"):
+            options += [f"--{name}", str(measured[name])]
+        runs = in_processes(args.processes, options)
+    else:
+        runs = [asyncio.run(measure(**measured, seed=args.seed))]
+    if args.worker:
+        print(json.dumps(runs[0]))
+        return
+    if args.output:
+        write_pyperf(args.output, runs, args.size)
+    rows = compared(runs)
+    if args.json:
+        versions = {
+            "aiohttp": aiohttp.__version__,
+            "python": platform.python_version(),
+            "processes": len(runs),
+        }
+        print(json.dumps({**versions, **measured, "results": rows}))
+    else:
+        show(rows, args.objects)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=30)
-    parser.add_argument("--size", type=int, default=500, help="requests a batch")
-    parser.add_argument("--objects", type=int, default=0, help="others kept alive")
-    asyncio.run(main(**vars(parser.parse_args())))
+    main()

@@ -58,8 +58,7 @@ class Measured:
     """What happens in this process between start and stop."""
 
     def __init__(self, workaround: str) -> None:
-        self._workaround = WORKAROUNDS[workaround]
-        self._running: Any = None
+        self._workaround = WORKAROUNDS[workaround]()
         self._collector: Optional[Collector] = None
         gc.collect()  # the objects that are there from the start are old ones
 
@@ -67,14 +66,13 @@ class Measured:
         self._idle = resident()
         forget_peak()
         self._collector = Collector()
-        self._running = self._workaround()
+        self._workaround.start()
         self._cpu = time.process_time()
         return {"idle": self._idle}
 
     def stop(self) -> Dict[str, Any]:
         cpu = time.process_time() - self._cpu
-        if isinstance(self._running, asyncio.Future):
-            self._running.cancel()
+        self._workaround.stop()
         assert self._collector is not None
         self._collector.stop()
         return {

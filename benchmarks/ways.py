@@ -40,17 +40,52 @@ TIMER = 1.0  # seconds
 THRESHOLD = (100, 5, 5)
 
 
-async def _collect_by_timer() -> None:
-    while True:
-        await asyncio.sleep(TIMER)
+class Timer:
+    """Collects every second of the time that it runs, in one turn or in several."""
+
+    def __init__(self) -> None:
+        self._left = TIMER
+
+    def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._due = loop.time() + self._left
+        self._handle = loop.call_at(self._due, self._collect)
+
+    def _collect(self) -> None:
+        self._left = TIMER
         gc.collect()
+        self.start()
+
+    def stop(self) -> None:
+        self._handle.cancel()
+        self._left = self._due - asyncio.get_running_loop().time()
+
+
+class LowThreshold:
+    """Collects more often."""
+
+    def start(self) -> None:
+        gc.set_threshold(*THRESHOLD)
+
+    def stop(self) -> None:
+        pass
+
+
+class Nothing:
+    """Leaves it to the collector."""
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
 
 
 # What people do about memory that grows, without any library.
 WORKAROUNDS: Dict[str, Callable[[], Any]] = {
-    "none": lambda: None,
-    "timer": lambda: asyncio.ensure_future(_collect_by_timer()),
-    "threshold": lambda: gc.set_threshold(*THRESHOLD),
+    "none": Nothing,
+    "timer": Timer,
+    "threshold": LowThreshold,
 }
 
 
