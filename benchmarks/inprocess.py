@@ -9,7 +9,8 @@ import asyncio
 import gc
 import random
 import time
-from typing import Any, Dict, List, Sequence
+from itertools import cycle, islice
+from typing import Any, Dict, Iterator, List, Sequence
 
 from aiohttp import web
 from ways import start_runner
@@ -87,18 +88,17 @@ async def serve(way: str) -> web.AppRunner:
     return await start_runner(app, way)
 
 
-async def batch(connections: Sequence[Connection], kind: str, size: int) -> float:
-    """Send requests by turns on some connections.
+async def batch(connections: Iterator[Connection], kind: str, size: int) -> float:
+    """Send requests, each on the next connection.
 
     Returns:
         Seconds of CPU time a request.  A collection of the younger generations is
         part of it: what one way leaves to the collector is not for the next to pay.
     """
     data = REQUESTS[kind]
-    number = len(connections)
     start = time.process_time()
-    for index in range(size):
-        await connections[index % number].ask(data)
+    for connection in islice(connections, size):
+        await connection.ask(data)
     gc.collect(1)
     return (time.process_time() - start) / size
 
@@ -117,11 +117,12 @@ async def by_turns(
     """
     order = random.Random(seed)
     taken: Dict[str, List[float]] = {way: [] for way in connections}
-    for way in connections:
-        await batch(connections[way], kind, size)
     turns = list(connections)
+    next_ones = {way: cycle(connections[way]) for way in turns}
+    for way in turns:
+        await batch(next_ones[way], kind, size)
     for _ in range(rounds):
         order.shuffle(turns)
         for way in turns:
-            taken[way].append(await batch(connections[way], kind, size))
+            taken[way].append(await batch(next_ones[way], kind, size))
     return taken
