@@ -157,3 +157,38 @@ def verify(session):
     """Show each leak of the catalogue, without us and with us."""
     session.install("-e", ".[cli]", requirement(SUSPECT))
     session.run("python", "-m", "aiohttp_cyclebreak", "verify", *session.posargs)
+
+
+# What is compared, each pair in an environment of its own.
+BENCH = [
+    (python, aiohttp)
+    for python in ("3.11", "3.13")
+    for aiohttp in (SUSPECT, "3.11.18", NEWEST)
+]
+
+
+@nox.session(python="3.11")
+def bench(session):
+    """Measure what it costs and saves, for docs/performance.rst: about 15 minutes.
+
+    ``-- --quick`` is rough, and writes nothing into docs/; ``-- load`` is one part
+    (load, keepalive, overhead, scale), ``-- report`` only draws again.
+    """
+    session.install(".[bench]")
+    folder = session.cache_dir / "bench"
+    for python, aiohttp in BENCH:
+        environment = folder / f"{python}-{aiohttp}"
+        interpreter = environment / "bin" / "python"
+        if not interpreter.exists():
+            session.run(
+                f"python{python}", "-m", "venv", str(environment), external=True
+            )
+        session.run(
+            *(str(interpreter), "-m", "pip", "install", "-q", "-U"),
+            *("-e", ".", "pyperf", requirement(aiohttp)),
+            external=True,
+        )
+    session.run(
+        *("python", "benchmarks/run.py", "--environments", str(folder)),
+        *session.posargs,
+    )

@@ -70,7 +70,7 @@ async def upload(
 
 
 class Connection(asyncio.Protocol):
-    """A keep-alive connection: one request at a time, the others wait for their turn."""
+    """A kept connection: one request at a time, the others wait for their turn."""
 
     def __init__(self) -> None:
         self._due: Deque[Any] = deque()

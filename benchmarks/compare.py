@@ -1,4 +1,4 @@
-"""Comparing ways that were measured by turns: each value with that of the same round."""
+"""Comparing ways measured by turns: each value with that of the same round."""
 
 import statistics
 from typing import Any, Dict, List

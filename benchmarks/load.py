@@ -32,15 +32,18 @@ MILLION = 1_000_000
 CONTENDERS = (
     Contender("3.10.11", SUSPECT),
     Contender("3.10.11, setup(app)", SUSPECT, way="setup()"),
-    Contender(
-        f"3.10.11, gc.collect() every {TIMER:g} s", SUSPECT, workaround="timer"
-    ),
-    Contender(
-        f"3.10.11, gc.set_threshold{THRESHOLD}", SUSPECT, workaround="threshold"
-    ),
+    Contender(f"3.10.11, gc.collect() every {TIMER:g} s", SUSPECT, workaround="timer"),
+    Contender(f"3.10.11, gc.set_threshold{THRESHOLD}", SUSPECT, workaround="threshold"),
     Contender("3.11.18", FIXED),
     Contender("newest", NEWEST, control="newest"),
     Contender("newest, setup(app)", NEWEST, way="setup()", control="newest"),
+)
+
+
+# On kept connections, an idle one keeps its last body by a live reference as well.
+KEPT = (
+    *CONTENDERS[:2],
+    Contender("3.10.11, setup(app, release_body=True)", SUSPECT, way="release_body"),
 )
 
 
@@ -139,7 +142,8 @@ class Run:
         requests = sum(turn["requests"] for turn in self.turns)
         waited = sorted(each - self.load.hold for each in self.latencies)
         at = {
-            f"p{percent:g}": 1e3 * waited[min(len(waited) - 1, int(len(waited) * percent / 100))]
+            f"p{percent:g}": 1e3
+            * waited[min(len(waited) - 1, int(len(waited) * percent / 100))]
             for percent in (50, 99, 99.9)
         }
         result = {
@@ -217,12 +221,13 @@ async def compare(
     beside_control(results)
     for result in results:
         memory = result.get("growth_in_flight")
+        latencies = [f"{each:.1f}" for each in result["latency_ms"].values()]
         say(
             f"  {result['contender']:32} {result['cpu_us']:7.0f} us"
             f" x{result['cpu_times']:.3f}"
             f"  full {result['full_collections']:3}"
             f"  paused {result['paused_ms']:6.0f} ms"
-            f"  p50/99/99.9 {'/'.join(f'{each:.1f}' for each in result['latency_ms'].values())} ms"
+            f"  p50/99/99.9 {'/'.join(latencies)} ms"
             + ("" if memory is None else f"  grows {memory:.2f} x in flight")
         )
     return {
@@ -247,4 +252,7 @@ async def main(
         for load, others in ((uploads, 0), (uploads, MILLION), (requests, MILLION)):
             say(f"{type(load).__name__}, CPython {python}, {others} other objects")
             found.append(await compare(environments, python, load, others))
+        say(f"Uploads on kept connections, CPython {python}")
+        kept = uploads._replace(keep_alive=True)
+        found.append(await compare(environments, python, kept, 0, KEPT))
     return found

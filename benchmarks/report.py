@@ -48,10 +48,10 @@ def load_table(found: List[Dict[str, Any]], title: str) -> str:
     head = ["aiohttp", "CPython"]
     memory = "growth_in_flight" in found[0]["results"][0]
     if memory:
-        head += ["memory grows, × in flight"]
+        head += ["memory grows, times what is in flight"]
     head += [
         "CPU a request, µs",
-        "× control",
+        "times its control",
         "full collections",
         "paused, ms",
         "longest, ms",
@@ -91,16 +91,16 @@ def ways_table(found: List[Dict[str, Any]], title: str) -> str:
         if kind == "success":
             key, form, what = "more_us idle middleware", "+.1f", "µs more than idle"
         else:
-            key, form, what = "times bare", ".2f", "× bare"
+            key, form, what = "times bare", ".2f", "times bare"
         cells = []
         for each in found:
             row = each["results"][index]
             absolute = row["way"] == "bare"
-            cells.append(
-                f"{row['us']:.0f} µs" if absolute else spread(row, key, form)
-            )
+            cells.append(f"{row['us']:.0f} µs" if absolute else spread(row, key, form))
         name = first["way"]
-        rows.append([f"{kind}, {what}", name if name.islower() else f"``{name}``", *cells])
+        rows.append(
+            [f"{kind}, {what}", name if name.islower() else f"``{name}``", *cells]
+        )
     return table(title, head, rows)
 
 
@@ -111,9 +111,9 @@ def scale_table(found: Dict[str, Any], what: str) -> str:
     head = [
         what,
         "success, µs more",
-        "× bare",
+        "times bare",
         "failure, µs more",
-        "× bare",
+        "times bare",
         "objects of the library",
         "entries in its containers",
         "all objects",
@@ -142,6 +142,14 @@ THEMES = {
     "light": {"text": "#2a2a2a", "grid": "#d4d4d4"},
     "dark": {"text": "#d6d6d6", "grid": "#3c3f43"},
 }
+COLOURED = (
+    "text.color",
+    "axes.edgecolor",
+    "axes.labelcolor",
+    "axes.titlecolor",
+    "xtick.color",
+    "ytick.color",
+)
 # Of each contender, in order: a colour for either theme, a style, a width.
 STYLES = (
     ("#d1440c", "#ff7a45", "-", 1.6),
@@ -168,17 +176,7 @@ def _figure(theme: str, height: float, panels: int) -> Any:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "svg.hashsalt": "aiohttp-cyclebreak",
-            **{
-                key: colours["text"]
-                for key in (
-                    "text.color",
-                    "axes.edgecolor",
-                    "axes.labelcolor",
-                    "axes.titlecolor",
-                    "xtick.color",
-                    "ytick.color",
-                )
-            },
+            **dict.fromkeys(COLOURED, colours["text"]),
             "grid.color": colours["grid"],
         }
     )
@@ -213,7 +211,7 @@ def memory_chart(groups: List[Dict[str, Any]], theme: str, path: Path) -> None:
                 label=named(result),
             )
         axis.set_title(_heading(group), loc="left")
-        axis.set_ylabel("× bytes in flight")
+        axis.set_ylabel("times the bytes in flight")
         axis.set_ylim(bottom=0)
         axis.set_xlim(left=0)
         axis.grid(axis="y", linewidth=0.7)
@@ -294,24 +292,41 @@ def targets(results: Dict[str, Any]) -> str:
                 row("success, ``setup()``: µs more than idle", limit, both, ".1f", on)
             for way in ("cyclebreak()", "setup()"):
                 value = ways["failure", way]["times bare"]
-                what = f"failure, ``{way}``: × bare"
+                what = f"failure, ``{way}``: times bare"
                 if millions:
                     what += ", a million other objects"
                 row(what, 1.0 if millions else 1.08, value, ".2f", on)
     for group in results.get("load", {}).get("found", ()):
         uploads = group["load"] == "uploads"
+        if group["parameters"].get("keep_alive"):
+            continue  # which is another load than that of the limit
         for result in group["results"]:
             if "setup" not in result["contender"]:
                 continue
             on = f"{result['aiohttp']}, {_heading(group)}, {group['load']}"
             if uploads:
-                row("memory, × in flight", 1.5, result["growth_in_flight"], ".2f", on)
+                row(
+                    "memory, times in flight",
+                    1.5,
+                    result["growth_in_flight"],
+                    ".2f",
+                    on,
+                )
             elif group["others"]:
-                row("CPU a request, × bare", 1.0, result["cpu_times"], ".2f", on)
+                row("CPU a request, times bare", 1.0, result["cpu_times"], ".2f", on)
             row("full collections", 0, result["full_collections"], ".0f", on)
             more = result["p99.9_more_ms"]
             row("p99.9 latency, ms more than bare", 0.0, more, "+.1f", on)
     return table("", ["", "at most", "measured", "met", "where"], rows)
+
+
+def _by_load(found: Iterable[Dict[str, Any]]) -> Dict[str, List[Dict[str, Any]]]:
+    groups: Dict[str, List[Dict[str, Any]]] = {}
+    for group in found:
+        kept = "_kept" if group["parameters"].get("keep_alive") else ""
+        others = "_million" if group["others"] else ""
+        groups.setdefault(f"{group['load']}{kept}{others}", []).append(group)
+    return groups
 
 
 def write(results: Dict[str, Any], folder: Path) -> None:
@@ -319,21 +334,13 @@ def write(results: Dict[str, Any], folder: Path) -> None:
     for part in results:
         (folder / f"{part}_origin.inc").write_text(origin(results[part]))
     found = results.get("load", {}).get("found", ())
-    for load, others, name in (
-        ("uploads", 0, "uploads"),
-        ("uploads", MILLION, "uploads_million"),
-        ("requests", MILLION, "requests_million"),
-    ):
-        groups = [g for g in found if (g["load"], g["others"]) == (load, others)]
-        if not groups:
-            continue
-        what = f"{load}, {'a million' if others else 'no'} other objects"
+    for name, groups in _by_load(found).items():
+        what = name.replace("_", " ").replace("million", "with a million other objects")
         (folder / f"{name}.inc").write_text(load_table(groups, what.capitalize()))
-        for theme in THEMES:
-            if load == "uploads":
-                memory_chart(groups, theme, folder / f"memory_{name}-{theme}.svg")
-            else:
-                latency_chart(groups, theme, folder / f"latency-{theme}.svg")
+    loads = _by_load(found)
+    for theme in THEMES if found else ():
+        memory_chart(loads["uploads"], theme, folder / f"memory-{theme}.svg")
+        latency_chart(loads["requests_million"], theme, folder / f"latency-{theme}.svg")
     for part, title in (
         ("overhead", "Without a socket"),
         ("keepalive", "Kept connections, real sockets"),
