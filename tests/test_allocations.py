@@ -1,0 +1,310 @@
+"""What a request that succeeds pays: no callback, and nothing that outlives it.
+
+Counts, no times: those are in ``benchmarks/``.  A first sketch registered a callback on
+the task of every request, which cost more than all the rest; here it, and one that
+remembers every request, are the things that have to be noticed.
+"""
+
+import asyncio
+import contextlib
+import gc
+import sys
+import tracemalloc
+from collections import deque
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any, AsyncIterator, Callable, Dict, List
+from weakref import WeakSet
+
+import pytest
+from aiohttp import web
+
+import aiohttp_cyclebreak
+from aiohttp_cyclebreak import cyclebreak, guard_server, setup
+
+from .service import Client, Service, no_collector, run, spin
+
+pytestmark = pytest.mark.usefixtures("few_objects")
+
+PACKAGE = aiohttp_cyclebreak.__name__
+HERE = Path(__file__)
+OURS = Path(aiohttp_cyclebreak.__file__).parent
+CONTAINERS = (Mapping, Set, list, deque, WeakSet)
+
+_remembered: Dict[int, List[Any]] = {}
+
+
+@web.middleware
+async def idle(request: web.Request, handler: Any) -> web.StreamResponse:
+    return await handler(request)
+
+
+@web.middleware
+async def calls_back(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Follow every request to the end of its task, as the first sketch did."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.add_done_callback(lambda _: None)
+    return await handler(request)
+
+
+@web.middleware
+async def remembers(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Keep a note of every request, which nobody takes away."""
+    _remembered[len(_remembered)] = [request.path]
+    return await handler(request)
+
+
+def middlewares(*which: Any) -> Callable[[web.Application], None]:
+    return lambda app: app.middlewares.extend(which)
+
+
+GUARDS: Dict[str, Callable[[web.Application], Any]] = {
+    "cyclebreak()": lambda app: app.middlewares.append(cyclebreak()),
+    "setup()": setup,
+    "guard_server()": lambda app: None,
+}
+WAYS = {
+    "bare": middlewares(),
+    "idle": middlewares(idle),
+    "calls back": middlewares(calls_back),
+    "remembers": middlewares(remembers),
+    **GUARDS,
+}
+
+
+class Callbacks:
+    """How many there are when the handler and every middleware have ended."""
+
+    def __init__(self) -> None:
+        self.of_requests: List[int] = []
+        self.of_connections: List[int] = []
+
+    async def count(self, request: web.Request, response: web.StreamResponse) -> None:
+        task: Any = asyncio.current_task()
+        connection: Any = request.task
+        assert task is not connection
+        self.of_requests.append(len(task._callbacks or ()))
+        self.of_connections.append(len(connection._callbacks or ()))
+
+
+@contextlib.asynccontextmanager
+async def serving(way: str, callbacks: Any = None) -> AsyncIterator[Service]:
+    async def succeed(request: web.Request) -> web.Response:
+        return web.Response(text="ok")
+
+    async def fail(request: web.Request) -> web.Response:
+        raise web.HTTPBadRequest
+
+    app = web.Application()
+    app.router.add_get("/", succeed)
+    app.router.add_get("/fail", fail)
+    if callbacks is not None:
+        app.on_response_prepare.append(callbacks.count)
+    WAYS[way](app)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    if way == "guard_server()":
+        guard_server(runner)
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield Service(runner, runner.addresses[0][1])
+    finally:
+        await runner.cleanup()
+
+
+async def ask(client: Client, number: int, path: str = "/") -> None:
+    for _ in range(number):
+        await client.get(path)
+        status, _ = await client.answer()
+        assert status == (200 if path == "/" else 400)
+    await spin()
+
+
+# --- callbacks ------------------------------------------------------------------
+
+
+def callbacks_of(way: str, number: int = 20) -> Callbacks:
+    callbacks = Callbacks()
+
+    async def main() -> None:
+        async with serving(way, callbacks) as service:
+            client = await service.connect()
+            await ask(client, number)
+            client.close()
+            await service.settle()
+
+    run(main())
+    assert len(callbacks.of_requests) == number
+    return callbacks
+
+
+def test_a_callback_on_every_request_is_seen():
+    """What the first sketch did is noticed."""
+    bare, naive = callbacks_of("bare"), callbacks_of("calls back")
+    assert naive.of_requests == [number + 1 for number in bare.of_requests]
+
+
+@pytest.mark.parametrize("way", GUARDS)
+def test_a_successful_request_gets_no_callback(way):
+    """A task whose handler returned has the callbacks that it has without us."""
+    assert callbacks_of(way).of_requests == callbacks_of("bare").of_requests
+
+
+@pytest.mark.parametrize("way", GUARDS)
+def test_a_connection_gets_no_more_callbacks_than_one(way):
+    """However many requests it carries, it is followed once."""
+    bare, guarded = callbacks_of("bare"), callbacks_of(way)
+    more = [a - b for a, b in zip(guarded.of_connections, bare.of_connections)]
+    assert len(set(more)) == 1
+    assert more[0] <= 1
+
+
+# --- what outlives a request ----------------------------------------------------
+
+NUMBER = 200
+
+
+def kept(count: Callable[[], int], way: str, path: str = "/") -> int:
+    """How many more there are after so many requests on one connection."""
+    found = []
+
+    async def main() -> None:
+        async with serving(way) as service:
+            client = await service.connect()
+            await ask(client, 50, path)
+            for _ in range(2):
+                found.append(count())
+                await ask(client, NUMBER, path)
+            client.close()
+            await service.settle()
+
+    _remembered.clear()
+    with no_collector():
+        run(main())
+    return found[1] - found[0]
+
+
+def allocated() -> int:
+    """How many blocks there are that were allocated in the library, or here."""
+    snapshot = tracemalloc.take_snapshot().filter_traces(
+        [
+            tracemalloc.Filter(True, str(OURS / "*")),
+            tracemalloc.Filter(True, str(HERE)),
+        ]
+    )
+    return len(snapshot.traces)
+
+
+@pytest.fixture
+def _tracing():
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+
+
+@pytest.mark.usefixtures("_tracing")
+def test_what_is_kept_of_every_request_is_seen():
+    """A note of every request is noticed, by both counts."""
+    assert kept(allocated, "remembers") >= NUMBER
+    assert kept(sys.getallocatedblocks, "remembers") >= NUMBER
+
+
+@pytest.mark.usefixtures("_tracing")
+@pytest.mark.parametrize("way", GUARDS)
+def test_nothing_of_ours_outlives_a_successful_request(way):
+    """After so many requests there is not one block more that we have allocated."""
+    # The counter itself, and what it has just found, are from here.
+    assert kept(allocated, way) <= kept(allocated, "bare")
+
+
+@pytest.mark.parametrize("way", ["bare", *GUARDS])
+def test_no_block_outlives_a_successful_request(way):
+    """Nor is there one a request that somebody else allocated."""
+    assert kept(sys.getallocatedblocks, way) < NUMBER / 10
+
+
+# --- what grows -----------------------------------------------------------------
+
+
+def ours() -> Dict[str, int]:
+    """The entries of the library's containers, and its objects, by name."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] != PACKAGE:
+            continue
+        for key, value in vars(module).items():
+            if isinstance(value, CONTAINERS) and not key.startswith("__"):
+                found[f"{name}.{key}"] = len(value)
+    for each in gc.get_objects():
+        name = f"{type(each).__module__}.{type(each).__qualname__}"
+        if name.split(".")[0] == PACKAGE:
+            found[name] = found.get(name, 0) + 1
+    return found
+
+
+def test_what_is_ours_is_found():
+    """There is something of ours where a connection is followed."""
+    found = []
+
+    async def main() -> None:
+        async with serving("cyclebreak()") as service:
+            before = ours()
+            client = await service.connect()
+            await ask(client, 1)
+            found.extend([before, ours()])
+            client.close()
+            await service.settle()
+
+    run(main())
+    before, after = found
+    assert after != before
+
+
+@pytest.mark.parametrize("way", GUARDS)
+def test_nothing_of_ours_grows_with_requests(way):
+    """After 11 requests and after 500 there is the same, refused ones included."""
+    found = []
+
+    async def main() -> None:
+        async with serving(way) as service:
+            client = await service.connect()
+            for number in (5, 244):
+                await ask(client, number)
+                await ask(client, number, "/fail")
+                await ask(client, 1)
+                found.append(ours())
+            client.close()
+            await service.settle()
+
+    with no_collector():
+        run(main())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("way", GUARDS)
+def test_nothing_of_ours_outlives_a_connection(way):
+    """What there is for 50 open connections is gone with them."""
+    found = []
+
+    async def main() -> None:
+        async with serving(way) as service:
+            found.append(ours())
+            for _ in range(2):
+                clients = [await service.connect() for _ in range(50)]
+                for client in clients:
+                    await ask(client, 1)
+                    await ask(client, 1, "/fail")
+                found.append(ours())
+                for client in clients:
+                    client.close()
+                await service.settle()
+                found.append(ours())
+
+    with no_collector():
+        run(main())
+    before, first, between, second, after = found
+    assert first != before  # there is something
+    assert first == second
+    assert before == between == after
