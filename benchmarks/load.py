@@ -25,6 +25,7 @@ class Contender(NamedTuple):
     way: str = "bare"
     workaround: str = "none"
     control: str = "3.10.11"
+    returns: bool = False
 
 
 MILLION = 1_000_000
@@ -78,7 +79,7 @@ class Requests(NamedTuple):
     seconds: float = 1.0
     connections: int = 100
     hold: float = 0.05
-    rounds: int = 10
+    rounds: int = 8
     in_flight: int = 0
 
     async def warm_up(self, service: Service) -> Any:
@@ -110,6 +111,7 @@ class Run:
             *("--workaround", contender.workaround),
             *("--hold", str(self.load.hold)),
             *("--objects", str(others)),
+            *(("--returns",) if contender.returns else ()),
         )
         self.service.way = contender.way
         self.connected = await self.load.warm_up(self.service)
@@ -252,7 +254,7 @@ async def main(
         for load, others in ((uploads, 0), (uploads, MILLION), (requests, MILLION)):
             say(f"{type(load).__name__}, CPython {python}, {others} other objects")
             found.append(await compare(environments, python, load, others))
-        say(f"Uploads on kept connections, CPython {python}")
-        kept = uploads._replace(keep_alive=True)
-        found.append(await compare(environments, python, kept, 0, KEPT))
+    say(f"Uploads on kept connections, CPython {pythons[0]}")
+    kept = uploads._replace(keep_alive=True)
+    found.append(await compare(environments, pythons[0], kept, 0, KEPT))
     return found

@@ -11,7 +11,11 @@ Row = Sequence[Any]
 
 
 def table(title: str, head: Row, rows: Iterable[Row], widths: str = "auto") -> str:
-    lines = [f".. csv-table:: {title}", f"   :widths: {widths}", "   :header-rows: 1"]
+    lines = [
+        f".. csv-table:: {title}".rstrip(),
+        f"   :widths: {widths}",
+        "   :header-rows: 1",
+    ]
     lines += ["   :class: performance", ""]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([head, *rows])
@@ -44,33 +48,59 @@ def named(result: Dict[str, Any]) -> str:
 # --- under load -----------------------------------------------------------------
 
 
-def load_table(found: List[Dict[str, Any]], title: str) -> str:
-    head = ["aiohttp", "CPython"]
-    memory = "growth_in_flight" in found[0]["results"][0]
+def load_tables(groups: List[Dict[str, Any]]) -> str:
+    return "\n".join(map(load_table, groups))
+
+
+def load_table(group: Dict[str, Any]) -> str:
+    memory = "growth_in_flight" in group["results"][0]
+    head = ["aiohttp"]
     if memory:
-        head += ["memory grows, times what is in flight"]
+        head += ["memory, times in flight"]
     head += [
-        "CPU a request, µs",
-        "times its control",
+        "CPU a request, µs (times its control)",
         "full collections",
-        "paused, ms",
-        "longest, ms",
-        "p50, ms",
-        "p99, ms",
-        "p99.9, ms",
+        "paused, ms (longest)",
+        "latency, ms: 50 / 99 / 99.9 %",
     ]
     rows = []
-    for group in found:
-        for result in group["results"]:
-            row: List[Any] = [f"``{named(result)}``", group["python"]]
-            if memory:
-                row.append(f"{result['growth_in_flight']:.1f}")
-            row += [f"{result['cpu_us']:.0f}", f"{result['cpu_times']:.2f}"]
-            row += [result["full_collections"], f"{result['paused_ms']:.0f}"]
-            row += [f"{result['longest_pause_ms']:.0f}"]
-            row += [f"{each:.1f}" for each in result["latency_ms"].values()]
-            rows.append(row)
-    return table(title, head, rows)
+    for result in group["results"]:
+        row: List[Any] = [named(result)]
+        if memory:
+            row.append(f"{result['growth_in_flight']:.1f}")
+        row += [
+            f"{result['cpu_us']:.0f} ({result['cpu_times']:.2f})",
+            result["full_collections"],
+            f"{result['paused_ms']:.0f} ({result['longest_pause_ms']:.0f})",
+            "\xa0/\xa0".join(_short(each) for each in result["latency_ms"].values()),
+        ]
+        rows.append(row)
+    return table(_heading(group), head, rows)
+
+
+def _short(milliseconds: float) -> str:
+    return f"{milliseconds:.{0 if milliseconds >= 100 else 1}f}"
+
+
+def load_origin(part: Dict[str, Any], load: str) -> str:
+    """Say what the load was, beside where it was measured."""
+    group = next(each for each in part["found"] if each["load"] == load)
+    of = group["parameters"]
+    if load == "uploads":
+        text = (
+            f"{of['number']:,} POSTs of {of['size'] // 1000} kB, {of['at_a_time']} at "
+            f"a time, each read, held for {of['hold']} s and refused with "
+            f"``web.HTTPBadRequest``: {of['at_a_time'] * of['size'] // 10**6} MB are "
+            "in flight. "
+        )
+    else:
+        text = (
+            f"{of['rate']:.0f} small requests a second on {of['connections']} kept "
+            f"connections, each of which waits {of['hold'] * 1e3:.0f} ms, as for a "
+            "database; every second one is refused with ``web.HTTPBadRequest``. They "
+            f"come in {of['rounds']} turns of {of['seconds']:g} s each. "
+        )
+    return text + origin(part)
 
 
 # --- one process ----------------------------------------------------------------
@@ -78,6 +108,8 @@ def load_table(found: List[Dict[str, Any]], title: str) -> str:
 
 def spread(row: Dict[str, Any], key: str, form: str) -> str:
     low, high = row[f"{key} range"]
+    if low == high:
+        return f"{row[key]:{form}}"
     return f"{row[key]:{form}} ({low:{form}} to {high:{form}})"
 
 
@@ -97,10 +129,7 @@ def ways_table(found: List[Dict[str, Any]], title: str) -> str:
             row = each["results"][index]
             absolute = row["way"] == "bare"
             cells.append(f"{row['us']:.0f} µs" if absolute else spread(row, key, form))
-        name = first["way"]
-        rows.append(
-            [f"{kind}, {what}", name if name.islower() else f"``{name}``", *cells]
-        )
+        rows.append([f"{kind}, {what}", first["way"], *cells])
     return table(title, head, rows)
 
 
@@ -196,7 +225,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def memory_chart(groups: List[Dict[str, Any]], theme: str, path: Path) -> None:
-    figure, axes = _figure(theme, 2.6 * len(groups) + 1.6, len(groups))
+    figure, axes = _figure(theme, 2.1 * len(groups) + 1.6, len(groups))
     for axis, group in zip(axes[:, 0], groups):
         in_flight = group["parameters"]["at_a_time"] * group["parameters"]["size"]
         for result, style in zip(group["results"], STYLES):
@@ -218,7 +247,7 @@ def memory_chart(groups: List[Dict[str, Any]], theme: str, path: Path) -> None:
     axes[-1, 0].set_xlabel("seconds")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower left", frameon=False, fontsize=9, ncols=1
+        handles, labels, loc="outside upper left", frameon=False, fontsize=9, ncols=1
     )
     _save(figure, path)
 
@@ -272,52 +301,63 @@ def latency_chart(groups: List[Dict[str, Any]], theme: str, path: Path) -> None:
 
 def targets(results: Dict[str, Any]) -> str:
     """Put the figures beside the limits that the project has set itself."""
-    rows: List[Row] = []
+    measured: Dict[str, Dict[str, str]] = {}  # of what, and on what
+    limits: Dict[str, str] = {}
 
-    def row(what: str, limit: float, value: float, form: str, where: str) -> None:
-        met = "yes" if value <= limit else "no"
-        rows.append([what, f"{limit:{form}}", f"{value:{form}}", met, where])
+    def put(
+        on: Dict[str, Any], what: str, limit: float, value: float, form: str
+    ) -> None:
+        cell = f"{value:{form}}"
+        if value > limit:
+            cell = f"**{cell}**"
+        column = f"{on['aiohttp']}, CPython {on['python']}"
+        measured.setdefault(what, {})[column] = cell
+        limits[what] = f"{limit:g}"
 
     for part, where in (("overhead", "no socket"), ("keepalive", "sockets")):
         for each in results.get(part, {}).get("found", ()):
             ways = {(one["kind"], one["way"]): one for one in each["results"]}
-            on = f"{each['aiohttp']}, CPython {each['python']}, {where}"
-            millions = each.get("objects") == MILLION
-            if not millions:
-                own = ways["success", "cyclebreak()"]["more_us idle middleware"]
-                row("success, ``cyclebreak()``: µs more than idle", 1.0, own, ".1f", on)
-                idle = ways["success", "idle middleware"]["more_us bare"]
-                both = ways["success", "setup()"]["more_us idle middleware"]
-                limit = 1.5 + idle
-                row("success, ``setup()``: µs more than idle", limit, both, ".1f", on)
+            if each.get("objects"):
+                for way in ("cyclebreak()", "setup()"):
+                    value = ways["failure", way]["times bare"]
+                    what = f"failure, {way}, {where}, a million others: times bare"
+                    put(each, what, 1.0, value, ".2f")
+                continue
+            own = ways["success", "cyclebreak()"]["more_us idle middleware"]
+            what = f"success, cyclebreak(), {where}: µs more than idle"
+            put(each, what, 1.0, own, "+.1f")
+            layer = ways["success", "idle middleware"]["more_us bare"]
+            both = ways["success", "setup()"]["more_us idle middleware"]
+            what = f"success, setup(), {where}: µs more than two idle ones"
+            put(each, what, 1.5, both - layer, "+.1f")
             for way in ("cyclebreak()", "setup()"):
                 value = ways["failure", way]["times bare"]
-                what = f"failure, ``{way}``: times bare"
-                if millions:
-                    what += ", a million other objects"
-                row(what, 1.0 if millions else 1.08, value, ".2f", on)
-    for group in results.get("load", {}).get("found", ()):
-        uploads = group["load"] == "uploads"
-        if group["parameters"].get("keep_alive"):
-            continue  # which is another load than that of the limit
-        for result in group["results"]:
-            if "setup" not in result["contender"]:
-                continue
-            on = f"{result['aiohttp']}, {_heading(group)}, {group['load']}"
-            if uploads:
-                row(
-                    "memory, times in flight",
-                    1.5,
-                    result["growth_in_flight"],
-                    ".2f",
-                    on,
-                )
-            elif group["others"]:
-                row("CPU a request, times bare", 1.0, result["cpu_times"], ".2f", on)
-            row("full collections", 0, result["full_collections"], ".0f", on)
-            more = result["p99.9_more_ms"]
-            row("p99.9 latency, ms more than bare", 0.0, more, "+.1f", on)
-    return table("", ["", "at most", "measured", "met", "where"], rows)
+                put(each, f"failure, {way}, {where}: times bare", 1.08, value, ".2f")
+    for name, groups in _by_load(results.get("load", {}).get("found", ())).items():
+        if "kept" in name:
+            continue  # which is another load than that of the limits
+        for group in groups:
+            for result in group["results"]:
+                if "setup" not in result["contender"]:
+                    continue
+                on = {"aiohttp": result["aiohttp"], "python": group["python"]}
+                where = name.replace("_million", ", a million others")
+                if "growth_in_flight" in result:
+                    value = result["growth_in_flight"]
+                    put(on, f"{where}: memory, times in flight", 1.5, value, ".2f")
+                else:
+                    value = result["cpu_times"]
+                    put(on, f"{where}: CPU, times bare", 1.0, value, ".2f")
+                value = result["full_collections"]
+                put(on, f"{where}: full collections", 0, value, ".0f")
+                value = result["p99.9_more_ms"]
+                put(on, f"{where}: p99.9, ms more than bare", 0, value, "+.1f")
+    columns = list(dict.fromkeys(key for cells in measured.values() for key in cells))
+    rows = [
+        [what, limits[what], *(cells.get(column, "") for column in columns)]
+        for what, cells in measured.items()
+    ]
+    return table("", ["", "at most", *columns], rows)
 
 
 def _by_load(found: Iterable[Dict[str, Any]]) -> Dict[str, List[Dict[str, Any]]]:
@@ -332,14 +372,18 @@ def _by_load(found: Iterable[Dict[str, Any]]) -> Dict[str, List[Dict[str, Any]]]
 def write(results: Dict[str, Any], folder: Path) -> None:
     """Write all tables and charts for which there are figures."""
     for part in results:
-        (folder / f"{part}_origin.inc").write_text(origin(results[part]))
+        if part != "load":
+            (folder / f"{part}_origin.inc").write_text(origin(results[part]))
     found = results.get("load", {}).get("found", ())
     for name, groups in _by_load(found).items():
-        what = name.replace("_", " ").replace("million", "with a million other objects")
-        (folder / f"{name}.inc").write_text(load_table(groups, what.capitalize()))
+        (folder / f"{name}.inc").write_text(load_tables(groups))
+    for load in {each["load"] for each in found}:
+        text = load_origin(results["load"], load)
+        (folder / f"{load}_origin.inc").write_text(text)
     loads = _by_load(found)
     for theme in THEMES if found else ():
-        memory_chart(loads["uploads"], theme, folder / f"memory-{theme}.svg")
+        groups = loads["uploads"] + loads["uploads_million"]
+        memory_chart(groups, theme, folder / f"memory-{theme}.svg")
         latency_chart(loads["requests_million"], theme, folder / f"latency-{theme}.svg")
     for part, title in (
         ("overhead", "Without a socket"),

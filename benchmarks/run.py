@@ -17,6 +17,7 @@ from typing import Any, Dict, List
 import keepalive
 import load
 import report
+from load import MILLION
 from processes import NEWEST, SUSPECT, Environments, run_script, say
 
 DOCS = Path(__file__).parent.parent / "docs" / "performance"
@@ -44,10 +45,10 @@ async def overhead(
     found = []
     for python in pythons:
         for aiohttp in (SUSPECT, NEWEST):
-            for objects in (0, 1_000_000):
+            for objects in (0, MILLION):
                 options = ["--json", "--objects", str(objects)]
                 options += ["--processes", "1" if quick else "3"]
-                options += ["--rounds", "10" if quick else "30"]
+                options += ["--rounds", "10" if quick else "20"]
                 if objects:
                     options += ["--kinds", "failure"]
                 else:

@@ -33,7 +33,7 @@ def forget_peak() -> None:
         file.write("5")
 
 
-def application(hold: float) -> web.Application:
+def application(hold: float, returns: bool) -> web.Application:
     """Answer, refuse, or read a body and refuse it; after a wait, as for a database."""
 
     async def answer(request: web.Request) -> web.Response:
@@ -45,6 +45,8 @@ def application(hold: float) -> web.Application:
         await request.read()
         if hold:
             await asyncio.sleep(hold)
+        if returns:
+            return web.Response(status=400)
         raise web.HTTPBadRequest
 
     app = web.Application(client_max_size=2**30)
@@ -93,7 +95,7 @@ async def main(args: argparse.Namespace) -> None:
     objects = make_objects(args.objects)
     ports = {}
     for way in args.ways:
-        runner = await start_runner(application(args.hold), way)
+        runner = await start_runner(application(args.hold, args.returns), way)
         site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
         await site.start()
         ports[way] = runner.addresses[0][1]
@@ -130,5 +132,8 @@ if __name__ == "__main__":
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["bare"])
     parser.add_argument("--workaround", choices=WORKAROUNDS, default="none")
     parser.add_argument("--hold", type=float, default=0.0, help="seconds a request")
+    parser.add_argument(
+        "--returns", action="store_true", help="refuse without any exception"
+    )
     parser.add_argument("--objects", type=int, default=0, help="others kept alive")
     asyncio.run(main(parser.parse_args()))

@@ -163,27 +163,31 @@ def test_a_connection_gets_no_more_callbacks_than_one(way):
 
 # --- what outlives a request ----------------------------------------------------
 
-NUMBER = 200
+NUMBER = 100
 
 
-def kept(count: Callable[[], int], way: str, path: str = "/") -> int:
-    """How many more there are after so many requests on one connection."""
+def kept(count: Callable[[], int], way: str) -> int:
+    """How many more there are after every so many requests on one connection.
+
+    The fewest of several times: what is kept of each request is there every time,
+    and a cache that is filled is not.
+    """
     found = []
 
     async def main() -> None:
         async with serving(way) as service:
             client = await service.connect()
-            await ask(client, 50, path)
-            for _ in range(2):
+            await ask(client, 50)
+            for _ in range(4):
                 found.append(count())
-                await ask(client, NUMBER, path)
+                await ask(client, NUMBER)
             client.close()
             await service.settle()
 
     _remembered.clear()
     with no_collector():
         run(main())
-    return found[1] - found[0]
+    return min(after - before for before, after in zip(found, found[1:]))
 
 
 def allocated() -> int:
@@ -214,9 +218,8 @@ def test_what_is_kept_of_every_request_is_seen():
 @pytest.mark.usefixtures("_tracing")
 @pytest.mark.parametrize("way", GUARDS)
 def test_nothing_of_ours_outlives_a_successful_request(way):
-    """After so many requests there is not one block more that we have allocated."""
-    # The counter itself, and what it has just found, are from here.
-    assert kept(allocated, way) <= kept(allocated, "bare")
+    """There is not one block more that the library has allocated."""
+    assert kept(allocated, way) <= 0
 
 
 @pytest.mark.parametrize("way", ["bare", *GUARDS])
