@@ -63,12 +63,11 @@ class Uploads(NamedTuple):
         return self.at_a_time * self.size
 
     async def warm_up(self, service: Service) -> Any:
-        await upload(service.ports[service.way], 20, 5, 1000, True)
+        await upload(service.port, 20, 5, 1000, True)
 
     async def run(self, service: Service, _: Any) -> List[float]:
-        port = service.ports[service.way]
         return await upload(
-            port, self.number, self.at_a_time, self.size, self.keep_alive
+            service.port, self.number, self.at_a_time, self.size, self.keep_alive
         )
 
 
@@ -83,7 +82,7 @@ class Requests(NamedTuple):
     in_flight: int = 0
 
     async def warm_up(self, service: Service) -> Any:
-        load = await Load.connect(service.ports[service.way], self.connections)
+        load = await Load.connect(service.port, self.connections)
         await load.at_rate(["success", "failure"], self.rate, 0.5)
         return load
 
@@ -113,7 +112,6 @@ class Run:
             *("--objects", str(others)),
             *(("--returns",) if contender.returns else ()),
         )
-        self.service.way = contender.way
         self.connected = await self.load.warm_up(self.service)
 
     async def turn(self) -> None:

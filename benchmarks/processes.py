@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, NamedTuple
@@ -49,6 +50,12 @@ class Service:
             raise RuntimeError(f"{interpreter} service.py {options} has not started")
         return cls(process, json.loads(line))
 
+    @property
+    def port(self) -> int:
+        """Where it listens, if it serves one application only."""
+        (port,) = self.ports.values()
+        return port
+
     async def tell(self, command: str) -> Dict[str, Any]:
         self._process.stdin.write(command.encode() + b"\n")
         line = await self._process.stdout.readline()
@@ -59,7 +66,7 @@ class Service:
     def resident(self) -> int:
         """Bytes of memory that it has now."""
         with open(f"/proc/{self.pid}/statm") as file:
-            return int(file.read().split()[1]) * 4096
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     async def stop(self) -> None:
         if self._process.returncode is None:

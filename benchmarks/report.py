@@ -171,6 +171,7 @@ THEMES = {
     "light": {"text": "#2a2a2a", "grid": "#d4d4d4"},
     "dark": {"text": "#d6d6d6", "grid": "#3c3f43"},
 }
+TICKS = [step * 10**power for power in range(-1, 5) for step in (1, 2, 5)]
 COLOURED = (
     "text.color",
     "axes.edgecolor",
@@ -260,6 +261,13 @@ def _heading(group: Dict[str, Any]) -> str:
 def latency_chart(groups: List[Dict[str, Any]], theme: str, path: Path) -> None:
     figure, axes = _figure(theme, 3.9 * len(groups) + 0.4, len(groups))
     marks = {"p50": "o", "p99": "D", "p99.9": "s"}
+    every = [
+        milliseconds
+        for group in groups
+        for result in group["results"]
+        for milliseconds in result["latency_ms"].values()
+    ]
+    lowest, highest = max(min(every), 0.1), max(every)
     for axis, group in zip(axes[:, 0], groups):
         for line, (result, style) in enumerate(zip(group["results"], STYLES)):
             colour = style[theme == "dark"]
@@ -288,7 +296,12 @@ def latency_chart(groups: List[Dict[str, Any]], theme: str, path: Path) -> None:
         axis.set_yticks([])
         axis.spines["left"].set_visible(False)
         axis.grid(axis="x", linewidth=0.7)
+        axis.set_xlim(lowest / 1.2, highest * 1.2)
+        axis.set_xticks(
+            [each for each in TICKS if lowest / 1.2 <= each <= highest * 1.2]
+        )
         axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
     axes[-1, 0].set_xlabel(
         "milliseconds more than the handler waits:\n"
         "○ half, ◆ 99 %, ■ 99.9 % of the requests were faster"

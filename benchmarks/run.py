@@ -75,6 +75,13 @@ async def scale(
     )
 
 
+def as_text(results: Any) -> str:
+    """Give JSON with a list of numbers on one line, however long."""
+    text = json.dumps(results, indent=1)
+    numbers = re.compile(r"\[[\s\d.,e\[\]-]+\]")
+    return numbers.sub(lambda found: "".join(found[0].split()), text) + "\n"
+
+
 PARTS = {
     "load": load.main,
     "keepalive": keepalive.main,
@@ -119,7 +126,7 @@ def main() -> None:
             "found": found,
         }
         # After each part: one that fails later costs nothing of those before.
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(as_text(results))
     report.write(results, output)
     say(f"written: {output}")
 
