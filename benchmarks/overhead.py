@@ -62,6 +62,7 @@ def write_pyperf(path: str, runs: List[Taken], size: int) -> None:
                 "unit": "second",
                 "loops": size,
                 "aiohttp_version": aiohttp.__version__,
+                "python_version": platform.python_version(),
                 "timer": "time.process_time()",
             }
             benchmarks.append(

@@ -127,7 +127,7 @@ def ways_table(found: List[Dict[str, Any]], title: str) -> str:
         cells = []
         for each in found:
             row = each["results"][index]
-            absolute = row["way"] == "bare"
+            absolute = row["way"] == "bare" or row[key] == 0
             cells.append(f"{row['us']:.0f} µs" if absolute else spread(row, key, form))
         rows.append([f"{kind}, {what}", first["way"], *cells])
     return table(title, head, rows)
@@ -255,7 +255,8 @@ def memory_chart(groups: List[Dict[str, Any]], theme: str, path: Path) -> None:
 
 def _heading(group: Dict[str, Any]) -> str:
     others = "a million" if group["others"] == MILLION else "no"
-    return f"CPython {group['python']}, {others} other objects"
+    kept = ", kept connections" if group["parameters"].get("keep_alive") else ""
+    return f"CPython {group['python']}, {others} other objects{kept}"
 
 
 def latency_chart(groups: List[Dict[str, Any]], theme: str, path: Path) -> None:
