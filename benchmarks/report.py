@@ -180,7 +180,7 @@ COLOURED = (
     "xtick.color",
     "ytick.color",
 )
-# Of each contender, in order: a colour for either theme, a style, a width.
+# Of each contender that is drawn: a colour for either theme, a style, a width.
 STYLES = (
     ("#d1440c", "#ff7a45", "-", 1.6),
     ("#0b62c4", "#5aa9ff", "-", 2.6),
@@ -352,7 +352,7 @@ def targets(results: Dict[str, Any]) -> str:
             continue  # which is another load than that of the limits
         for group in groups:
             for result in group["results"]:
-                if "setup" not in result["contender"]:
+                if not result["contender"].endswith("setup(app)"):
                     continue
                 on = {"aiohttp": result["aiohttp"], "python": group["python"]}
                 where = name.replace("_million", ", a million others")
