@@ -13,7 +13,14 @@ from clients import Load
 from compare import Taken, compared, lines
 from processes import NEWEST, SUSPECT, Environments, Service, say
 
-WAYS = ("bare", "idle middleware", "cyclebreak()", "setup()", "guard_server()")
+WAYS = (
+    "bare",
+    "idle middleware",
+    "two idle ones",
+    "cyclebreak()",
+    "setup()",
+    "guard_server()",
+)
 KINDS = ("success", "failure")
 
 

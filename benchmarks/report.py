@@ -340,10 +340,12 @@ def targets(results: Dict[str, Any]) -> str:
             own = ways["success", "cyclebreak()"]["more_us idle middleware"]
             what = f"success, cyclebreak(), {where}: µs more than idle"
             put(each, what, 1.0, own, "+.1f")
-            layer = ways["success", "idle middleware"]["more_us bare"]
-            both = ways["success", "setup()"]["more_us idle middleware"]
-            what = f"success, setup(), {where}: µs more than two idle ones"
-            put(each, what, 1.5, both - layer, "+.1f")
+            two = ways.get(("success", "two idle ones"))
+            if two is not None:
+                both = ways["success", "setup()"]["more_us idle middleware"]
+                more = both - two["more_us idle middleware"]
+                what = f"success, setup(), {where}: µs more than two idle ones"
+                put(each, what, 1.5, more, "+.1f")
             for way in ("cyclebreak()", "setup()"):
                 value = ways["failure", way]["times bare"]
                 put(each, f"failure, {way}, {where}: times bare", 1.08, value, ".2f")
