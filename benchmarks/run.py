@@ -97,7 +97,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; report: none")
     parser.add_argument("--environments", type=Path, required=True)
-    parser.add_argument("--pythons", nargs="+", default=["3.11", "3.13"])
+    parser.add_argument(
+        "--python", dest="pythons", action="append", help="by default 3.11 and 3.13"
+    )
     parser.add_argument("--output", type=Path, default=DOCS)
     parser.add_argument(
         "--quick", action="store_true", help="rough figures, not for the documents"
@@ -118,7 +120,11 @@ def main() -> None:
         start = time.monotonic()
         busy = os.getloadavg()[0]
         found = asyncio.run(
-            PARTS[part](Environments(args.environments), args.pythons, args.quick)
+            PARTS[part](
+                Environments(args.environments),
+                args.pythons or ["3.11", "3.13"],
+                args.quick,
+            )
         )
         results[part] = {
             "command": f"nox -s bench -- {part}{' --quick' if args.quick else ''}",
