@@ -1016,7 +1016,10 @@ def _recognise(kind: str, marks: Set[str]) -> Optional[str]:
 
 
 _REMEDIES = {
-    Remedy.MIDDLEWARE: "cyclebreak() among the application's middlewares stops this",
+    Remedy.MIDDLEWARE: (
+        "cyclebreak() among the application's middlewares stops this, and setup(app)"
+        " also where one of them raises"
+    ),
     Remedy.CLIENT: (
         "client_cyclebreak() among the trace_configs of the client session stops this"
     ),

@@ -37,6 +37,8 @@ from .sever import (
     COUNTS_ARE_EXACT,
     Cut,
     awaiting_frames,
+    cause_of,
+    context_of,
     detach,
     empty_with_callers,
     frames_of,
@@ -51,10 +53,10 @@ from .sever import (
 )
 
 __all__ = (
-    "at_rest",
     "begin",
     "calls_are_followed",
     "complain",
+    "connections",
     "errors",
     "follow_calls",
     "follow_connection",
@@ -101,8 +103,7 @@ def errors() -> int:
 # Neither of these keeps anything alive: a request is followed by the callbacks of its
 # task and a connection by those of its own, so what is never finished (a loop that
 # is closed too early) is let go with the task.
-_connections: "Dict[int, ref[_Connection]]" = {}
-at_rest: Set[int] = set()  # the keys of those that have no exception to be severed
+connections: "Dict[int, ref[_Connection]]" = {}
 _callers: "Dict[int, ref[_Caller]]" = {}
 # Who has noted an exception.
 _in_hand: "Dict[int, Tuple[ref[_Holder], ...]]" = {}
@@ -278,14 +279,16 @@ class _Request(_Holder):
         # the task's result too, its frame, and perhaps that of the connection.
         known = 3
         if exc is response:
-            if not internals.was_response(exc):
-                return False  # it was returned
             known = 6 + internals.connection_holds(
                 connection.coroutine, connection.frame, exc
             )
         if sys.getrefcount(exc) != known or leads_on(exc):
             return False
-        if exc is internals.missing_route(self.request) or not owns_its_traceback(exc):
+        if exc is internals.missing_route(self.request):
+            return False
+        # If the response's did not come to aiohttp's frame, it was returned.
+        code = internals.HANDLE_REQUEST if exc is response else None
+        if not owns_its_traceback(exc, code):
             return False
         if any(options.listener for options in self.options):
             frames = sum(1 for _ in frames_of(exc))
@@ -538,8 +541,8 @@ class _Connection:
         the response, in the live frame of the connection's task.
 
         Returns:
-            Whether that is done; not if the request is followed by a callback, has
-            raised something else before, or there are no weak references to it.
+            Whether that is done; not if the request is followed by a callback, or has
+            raised something else before.
         """
         if self.following:
             return False
@@ -547,21 +550,16 @@ class _Connection:
             if self.raised_by() is request:
                 return self.raised() is exc  # it has come to an outer layer
             self.sever_raised()
-        try:
-            self.raised = ref(exc)
-        except TypeError:
-            return False
+        self.raised = ref(exc)
         self.raised_by = ref(request)
         self.raised_key = key = id(exc)
         pending[key] = self.reference
-        at_rest.discard(self.key)
         return True
 
     def sever_earlier(self, request: web.BaseRequest) -> None:
         """Sever what was put off, if not by a request that aiohttp is still at."""
-        if self.raised is not None and internals.is_current(request):
-            raised_by = self.raised_by()
-            if raised_by is None or not internals.is_same(raised_by, request):
+        if self.raised is not None:
+            if internals.has_gone_on(self.raised_by(), request):
                 self.sever_raised()
 
     def take_raised(self) -> Optional[BaseException]:
@@ -574,7 +572,6 @@ class _Connection:
         if reference is None:
             return None
         self.raised = None
-        at_rest.add(self.key)
         if pending.get(self.raised_key) is self.reference:  # or another is there now
             del pending[self.raised_key]
         return reference()
@@ -590,13 +587,10 @@ class _Connection:
         exc = self.take_raised()
         if exc is None:
             return
-        if (
-            sys.getrefcount(exc) == known
-            and internals.was_response(exc)
-            and owns_its_traceback(exc)
-        ):
-            detach(exc)  # and all of it goes by itself
-            return
+        if sys.getrefcount(exc) == known:
+            if owns_its_traceback(exc, internals.HANDLE_REQUEST):
+                detach(exc)  # and all of it goes by itself
+                return
         sorted_out = _sort_out([exc], lambda exc: False, _InUse())
         for _, own in sorted_out.ready:
             sever(own, spare=sorted_out.spare)
@@ -623,8 +617,7 @@ class _Connection:
         except Exception:
             _complain("severing a connection")
         finally:
-            _connections.pop(self.key, None)
-            at_rest.discard(self.key)
+            connections.pop(self.key, None)
             self.coroutine = self.frame = None
             self.errors = []
             self.unread = None
@@ -722,7 +715,7 @@ def begin(request: web.BaseRequest, options: Options) -> None:
     """
     try:
         if pending:
-            found = _connections.get(id(request.task))
+            found = connections.get(id(request.task))
             connection = None if found is None else found()
             if connection is not None:
                 connection.sever_earlier(request)
@@ -856,10 +849,9 @@ def _take_part(followed: _Request, serving: _Serving) -> None:
 
 def kept_requests() -> Set[int]:
     """The ids of the requests that exceptions lead to which are to be severed later."""
-    connections = [found() for found in list(_connections.values())]
     return {
         id(value)
-        for connection in connections
+        for connection in [found() for found in list(connections.values())]
         if connection is not None
         for exc, _ in list(connection.later.values())
         for frame in frames_of(exc)
@@ -872,21 +864,19 @@ def kept_requests() -> Set[int]:
 def follow_connection(task: Any) -> "Optional[_Connection]":
     """Follow a connection to the end of its task, if it is not followed yet."""
     key = id(task)
-    found = _connections.get(key)
+    found = connections.get(key)
     connection = None if found is None else found()
     if connection is None and isinstance(task, asyncio.Task):  # a mock has none
         connection = _Connection(task)
-        _connections[key] = connection.reference
-        at_rest.add(key)
+        connections[key] = connection.reference
         task.add_done_callback(connection.done)
     return connection
 
 
 def _forget_connection(reference: "ref[_Connection]") -> None:
     """Forget one that is gone without an end, since its loop was closed."""
-    for key in [key for key, each in _connections.items() if each is reference]:
-        del _connections[key]
-        at_rest.discard(key)
+    for key in [key for key, each in connections.items() if each is reference]:
+        del connections[key]
     for key in [key for key, each in pending.items() if each is reference]:
         del pending[key]
 
@@ -894,7 +884,7 @@ def _forget_connection(reference: "ref[_Connection]") -> None:
 def note_parser_error(task: Any, exc: BaseException) -> None:
     """Remember an exception that made a connection end without any request."""
     try:
-        found = _connections.get(id(task))
+        found = connections.get(id(task))
         connection = None if found is None else found()
         if connection is not None:
             connection.errors.append(exc)
@@ -934,14 +924,17 @@ def note(request: web.BaseRequest, exc: BaseException, options: Options) -> None
         # Nobody else has most of what is raised, and a callback for it would cost more.
         if (
             sys.getrefcount(exc) == _UNSHARED
-            and options.are_default
-            and options.listener is None
+            and options.are_silent
             and not calls_are_followed
-            and not leads_on(exc)
+            and cause_of(exc) is None
+            and context_of(exc) is None
         ):
-            task = internals.connection_of_raising(request)
+            task = internals.connection_of_raising(request, exc)
             if task is not None:
-                connection = follow_connection(task)
+                found = connections.get(id(task))
+                connection = None if found is None else found()
+                if connection is None:
+                    connection = follow_connection(task)
                 if connection is not None and connection.put_off(request, exc):
                     return
         followed = _follow(request, options)
@@ -1000,7 +993,7 @@ def passed(
     """
     try:
         task = internals.connection_of_plain(request, response)
-        if task is not None and id(task) in at_rest and not calls_are_followed:
+        if task is not None and id(task) in connections and not calls_are_followed:
             return
         connection = follow_connection(request.task)
         if connection is not None:

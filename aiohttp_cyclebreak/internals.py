@@ -11,7 +11,7 @@ import re
 import sys
 from collections import deque
 from functools import partial
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Callable, Iterator, List, Optional, Tuple, Type
 from weakref import WeakValueDictionary
 
@@ -20,9 +20,10 @@ from aiohttp import hdrs, web, web_app, web_protocol
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_urldispatcher import SystemRoute
 
-from .sever import frames_of, is_exception, traceback_of
+from .sever import frames_of, is_exception
 
 __all__ = (
+    "HANDLE_REQUEST",
     "KEEPS_FIRST_ATTEMPTS",
     "GuardedProtocol",
     "all_tasks",
@@ -36,6 +37,7 @@ __all__ = (
     "follow_websockets",
     "forget_missing_route",
     "guard_connections",
+    "has_gone_on",
     "has_request",
     "is_awaited",
     "is_being_answered",
@@ -55,11 +57,13 @@ __all__ = (
     "response_of",
     "run_middlewares",
     "subapps",
-    "was_response",
 )
 
 
-_HANDLE_REQUEST = getattr(
+# The code of a request's task.  Its frame is the outermost in the traceback of what came
+# out of all middlewares; the local ``resp`` in it is what was raised as the response.
+# aiohttp: 3.8 to 3.14.
+HANDLE_REQUEST: Optional[CodeType] = getattr(
     getattr(web_protocol.RequestHandler, "_handle_request", None), "__code__", None
 )
 
@@ -88,7 +92,7 @@ def request_task(request: web.BaseRequest) -> "Optional[asyncio.Task[Any]]":
     if loop_of is None or loop_of() is not running:
         return None  # as above, while another loop happens to run
     if current is not None:
-        if getattr(current.get_coro(), "cr_code", None) is _HANDLE_REQUEST:
+        if getattr(current.get_coro(), "cr_code", None) is HANDLE_REQUEST:
             return current
     # In a task of the application's own: aiohttp must still be at this request.
     if not is_current(request):
@@ -155,19 +159,6 @@ def release_websocket(
     response._req = None
 
 
-def was_response(exc: BaseException) -> bool:
-    """Whether an exception was raised as the response, and so is held by aiohttp.
-
-    aiohttp: the local ``resp`` of ``RequestHandler._handle_request``, 3.8 to 3.14.
-    """
-    outermost = traceback_of(exc)
-    return (
-        outermost is not None
-        and outermost.tb_frame.f_code is _HANDLE_REQUEST
-        and isinstance(exc, web.HTTPException)
-    )
-
-
 def connection_frame(task: "asyncio.Task[Any]") -> Optional[FrameType]:
     """The frame of a connection's task, alive for as long as the connection.
 
@@ -205,20 +196,22 @@ def keeps_nothing(request: Any) -> bool:
         return False
 
 
-def connection_of_raising(request: Any) -> "Optional[asyncio.Task[Any]]":
-    """The connection's task, if a request that raises keeps nothing.
+def connection_of_raising(request: Any, exc: Any) -> "Optional[asyncio.Task[Any]]":
+    """The connection's task, if a request that raises a response keeps nothing.
 
     And asks for no websocket, and is the one that is being handled.
 
     aiohttp: as :func:`keeps_nothing`, ``BaseRequest._headers``, ``._protocol`` and
-    ``._task``, ``RequestHandler._current_request``, 3.8 to 3.14.
+    ``._task``, ``RequestHandler._current_request``, and ``__http_exception__``, by
+    which aiohttp itself knows an ``HTTPException``, 3.8 to 3.14.
 
     Returns:
         The task; None when there is more to look at.
     """
     try:
         if (
-            request._payload is EMPTY_PAYLOAD
+            type(exc).__http_exception__ is True
+            and request._payload is EMPTY_PAYLOAD
             and not request._state
             and type(request._match_info) is _MatchInfo
             and request._protocol._current_request is request
@@ -245,7 +238,25 @@ def is_current(request: web.BaseRequest) -> bool:
     is no.
     """
     current = getattr(request.protocol, "_current_request", None)
-    return current is not None and is_same(current, request)
+    return current is request or (current is not None and is_same(current, request))
+
+
+def has_gone_on(earlier: Optional[web.BaseRequest], request: web.BaseRequest) -> bool:
+    """Whether a connection is at this request, and done with an earlier one.
+
+    aiohttp: ``RequestHandler._current_request``, 3.8 to 3.14.  Without it the answer
+    is no.
+
+    Args:
+        earlier: the earlier one, if it is still there.
+        request: a request, or a clone of it.
+    """
+    current = getattr(request.protocol, "_current_request", None)
+    if current is request:
+        return earlier is not request
+    if current is None or not is_same(current, request):
+        return False
+    return earlier is None or not is_same(current, earlier)
 
 
 def is_being_answered(request: web.BaseRequest) -> bool:

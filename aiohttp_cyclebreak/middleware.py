@@ -8,7 +8,7 @@ from weakref import WeakSet
 from aiohttp import web
 
 from . import guard, internals
-from .guard import at_rest, begin, note, passed, pending
+from .guard import begin, connections, note, passed, pending
 from .internals import connection_of_plain
 from .options import BreakEvent, Options, make_options, switched_off
 from .radar import Radar, Watch, watch_application, watch_of
@@ -178,7 +178,7 @@ def _make_layer(options: Options) -> "Middleware":
         # Most keep nothing, on a connection with nothing to be severed: this is
         # all that they pay for.
         task = connection_of_plain(request, response)
-        if task is None or id(task) not in at_rest or guard.calls_are_followed:
+        if task is None or id(task) not in connections or guard.calls_are_followed:
             passed(request, response, options)
         return response
 

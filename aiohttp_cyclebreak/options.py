@@ -78,11 +78,13 @@ class Options:
     listener: Optional[Callable[[BreakEvent], None]] = None
 
     are_default: bool = field(init=False, compare=False)
+    are_silent: bool = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         # Found out once for all requests.
         default = self.clear_frames and self.keep is None and self.on_break is None
         object.__setattr__(self, "are_default", default)
+        object.__setattr__(self, "are_silent", default and self.listener is None)
 
 
 def make_options(

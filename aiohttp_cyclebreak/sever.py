@@ -12,7 +12,7 @@ import gc
 import inspect
 import sys
 from dataclasses import dataclass
-from types import FrameType, FunctionType, TracebackType
+from types import CodeType, FrameType, FunctionType, TracebackType
 from typing import (
     Any,
     Callable,
@@ -30,6 +30,8 @@ __all__ = (
     "COUNTS_ARE_EXACT",
     "Cut",
     "awaiting_frames",
+    "cause_of",
+    "context_of",
     "detach",
     "empty_with_callers",
     "frames_of",
@@ -50,8 +52,8 @@ _TRACEBACK: Any = BaseException.__dict__["__traceback__"]
 _CAUSE: Any = BaseException.__dict__["__cause__"]
 _CONTEXT: Any = BaseException.__dict__["__context__"]
 _SUPPRESS_CONTEXT: Any = BaseException.__dict__["__suppress_context__"]
-_get_cause = _CAUSE.__get__
-_get_context = _CONTEXT.__get__
+cause_of: Callable[[BaseException], Optional[BaseException]] = _CAUSE.__get__
+context_of: Callable[[BaseException], Optional[BaseException]] = _CONTEXT.__get__
 
 # From CPython 3.14 on, and without a global interpreter lock, sys.getrefcount() does
 # not count every reference.
@@ -178,15 +180,15 @@ def _group_type() -> Any:
 def leads_on(exc: BaseException) -> bool:
     """Whether an exception has a cause, a context or members."""
     return (
-        _get_cause(exc) is not None
-        or _get_context(exc) is not None
+        cause_of(exc) is not None
+        or context_of(exc) is not None
         # What it says of itself may be a lie: its type is asked.
         or issubclass(type(exc), _Group or _group_type())
     )
 
 
 def _links(exc: BaseException) -> List[Tuple[Any, BaseException]]:
-    cause, context = _get_cause(exc), _get_context(exc)
+    cause, context = cause_of(exc), context_of(exc)
     group = _group_type()
     is_group = issubclass(type(exc), group)
     if cause is None and context is None and not is_group:
@@ -439,14 +441,21 @@ else:
         """Before CPython 3.11 a frame does not hold its function."""
 
 
-def owns_its_traceback(exc: BaseException) -> bool:
+def owns_its_traceback(exc: BaseException, code: Optional[CodeType] = None) -> bool:
     """Whether an exception's frames go with its traceback, and that with it.
 
     If something else refers to one of them, another exception that was caught there
     or a generator that is suspended, taking the traceback off frees nothing.
+
+    Args:
+        exc: the exception.
+        code: what the outermost frame is to run, too.
     """
-    count = sys.getrefcount
     traceback = traceback_of(exc)
+    if code is not None:
+        if traceback is None or traceback.tb_frame.f_code is not code:
+            return False
+    count = sys.getrefcount
     inner = outer = None
     while traceback is not None:
         # The exception or the entry before, the variable, the argument.

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict
 
 from aiohttp import web
 
-from aiohttp_cyclebreak import cyclebreak, guard_server, setup
+from aiohttp_cyclebreak import Radar, cyclebreak, guard_server, setup
 
 
 @web.middleware
@@ -25,6 +25,7 @@ WAYS: Dict[str, Callable[[web.Application], Any]] = {
     "setup()": setup,
     "guard_server()": lambda app: None,
     "release_body": lambda app: setup(app, release_body=True),
+    "radar": lambda app: setup(app, radar=Radar()),
 }
 
 

@@ -33,7 +33,7 @@ from .test_interleavings import ANSWERS, Application
 CLIENTS = 8  # connections at a time, from the other process
 BODY = b"x" * 70_000
 COUNTED = (web.BaseRequest, web.StreamResponse, RequestHandler, BaseException)
-CONTAINERS = (guard._connections, guard._callers, guard._in_hand)
+CONTAINERS = (guard.connections, guard._callers, guard._in_hand)
 
 # One round of each client: what it sends, and what that is.
 ROUND: Tuple[Tuple[bytes, str], ...] = (
@@ -255,7 +255,7 @@ async def many(number: int, paths: Tuple[str, ...], stay: bool, bare: bool) -> s
             if stay:
                 assert len(server.connections) == number
             kept = requests_alive()
-            followed = len(guard._connections)
+            followed = len(guard.connections)
             for client in clients:
                 client.close()
             await service.settle()

@@ -479,14 +479,14 @@ def close_the_loop_and_collect_in(
     # What cannot be raised when a task is thrown away: pytest's hook would hold it.
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
     gc.collect()
-    held = len(guard._connections), len(guard._in_hand)
+    held = len(guard.connections), len(guard._in_hand)
     with new_objects() as count:
         close_the_loop(name, end)
         main()
         for _ in range(3):  # finalizers make garbage of their own
             gc.collect()
         assert not any(count().values())
-    assert (len(guard._connections), len(guard._in_hand)) == held
+    assert (len(guard.connections), len(guard._in_hand)) == held
 
 
 # Otherwise pytest holds the transport of each warning that one was never closed.

@@ -299,7 +299,7 @@ async def interleave(
     application = Application()
     app = application.make()
     guard_app(app)
-    held = len(guard._connections), len(guard._in_hand)
+    held = len(guard.connections), len(guard._in_hand)
     async with serve(app) as service:
         driver = Driver(application, service)
         await driver.ask("succeed", False)  # fills the caches
@@ -309,7 +309,7 @@ async def interleave(
                 await driver.do(step)
             await driver.end()
             left = count()
-            assert (len(guard._connections), len(guard._in_hand)) == held
+            assert (len(guard.connections), len(guard._in_hand)) == held
     return left
 
 

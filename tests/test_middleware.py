@@ -468,7 +468,7 @@ def test_an_error_in_a_callback_is_logged_once(option: str, log: List[str]) -> N
 @pytest.mark.parametrize(
     ("function", "options"),
     [
-        ("leads_on", {}),
+        ("cause_of", {}),
         ("owns_its_traceback", {}),
         ("graph", {"keep": lambda request, exc: False}),
     ],
@@ -594,7 +594,7 @@ def test_nothing_of_ours_outlives_the_connections() -> None:
     loop.close()
     del loop
     gc.collect()
-    assert not guard._connections
+    assert not guard.connections
     assert not guard._in_hand
 
 
