@@ -60,8 +60,8 @@ __all__ = (
 )
 
 
-# The code of a request's task.  Its frame is the outermost in the traceback of what came
-# out of all middlewares; the local ``resp`` in it is what was raised as the response.
+# The code of a request's task.  Its frame is the outermost in the traceback of what
+# came out of all middlewares; its local ``resp`` is what was raised as the response.
 # aiohttp: 3.8 to 3.14.
 HANDLE_REQUEST: Optional[CodeType] = getattr(
     getattr(web_protocol.RequestHandler, "_handle_request", None), "__code__", None
