@@ -65,6 +65,7 @@ __all__ = (
     "note",
     "note_call",
     "note_failed_call",
+    "note_last",
     "note_last_attempt",
     "note_parser_error",
     "note_successful_call",
@@ -126,9 +127,10 @@ def _forget_holder(holder: "ref[_Holder]") -> None:
 
 
 def _take_from_hand(key: int, holder: "ref[_Holder]") -> None:
-    holders = _in_hand.pop(key, ())
-    if len(holders) > 1:
-        _in_hand[key] = tuple(each for each in holders if each is not holder)
+    # It may be there twice: by two roots, both of which lead to the exception.
+    others = tuple(each for each in _in_hand.pop(key, ()) if each is not holder)
+    if others:
+        _in_hand[key] = others
 
 
 def _name(function: Any) -> str:
@@ -293,7 +295,10 @@ class _Request(_Holder):
         if any(options.listener for options in self.options):
             frames = sum(1 for _ in frames_of(exc))
             self._tell(exc, Cut(exceptions=1, tracebacks=frames, frames=frames))
-        detach(exc)
+        if exc is response:  # some of the count may be made up by somebody else
+            empty_with_callers(next(frames_of(exc)), {})
+        else:
+            detach(exc)
         return True
 
     def _sever(
@@ -531,28 +536,24 @@ class _Connection:
         self.following = 0  # requests by a callback of their task
         self.raised: Optional[ref[BaseException]] = None
         self.raised_by: Callable[[], Optional[web.BaseRequest]] = lambda: None
-        self.raised_key = 0
-        self.reference = ref(self, _forget_connection)
+        self.raised_key = [0]
+        forget = partial(_forget_connection, self.key, self.raised_key)
+        self.reference = ref(self, forget)
 
     def put_off(self, request: web.BaseRequest, exc: BaseException) -> bool:
-        """Sever what a request has raised only when the connection's next one is done.
+        """Sever what a request has raised only when the connection's next one comes.
 
         Or at the connection's end.  Until then aiohttp has the exception as well, as
         the response, in the live frame of the connection's task.
 
         Returns:
-            Whether that is done; not if the request is followed by a callback, or has
-            raised something else before.
+            Whether that is done; not if something else is to be severed.
         """
-        if self.following:
+        if self.following or self.raised is not None:
             return False
-        if self.raised is not None:
-            if self.raised_by() is request:
-                return self.raised() is exc  # it has come to an outer layer
-            self.sever_raised()
         self.raised = ref(exc)
         self.raised_by = ref(request)
-        self.raised_key = key = id(exc)
+        self.raised_key[0] = key = id(exc)
         pending[key] = self.reference
         return True
 
@@ -572,8 +573,9 @@ class _Connection:
         if reference is None:
             return None
         self.raised = None
-        if pending.get(self.raised_key) is self.reference:  # or another is there now
-            del pending[self.raised_key]
+        key = self.raised_key[0]
+        if pending.get(key) is self.reference:  # or another exception is there now
+            del pending[key]
         return reference()
 
     def sever_raised(self, known: int = 4) -> None:
@@ -589,7 +591,9 @@ class _Connection:
             return
         if sys.getrefcount(exc) == known:
             if owns_its_traceback(exc, internals.HANDLE_REQUEST):
-                detach(exc)  # and all of it goes by itself
+                # All of it goes by itself once that frame does not hold it.  Its
+                # traceback stays: the count may be made up by somebody else.
+                empty_with_callers(next(frames_of(exc)), {})
                 return
         sorted_out = _sort_out([exc], lambda exc: False, _InUse())
         for _, own in sorted_out.ready:
@@ -873,12 +877,18 @@ def follow_connection(task: Any) -> "Optional[_Connection]":
     return connection
 
 
-def _forget_connection(reference: "ref[_Connection]") -> None:
-    """Forget one that is gone without an end, since its loop was closed."""
-    for key in [key for key, each in connections.items() if each is reference]:
-        del connections[key]
-    for key in [key for key, each in pending.items() if each is reference]:
-        del pending[key]
+def _forget_connection(
+    key: int, raised: List[int], reference: "ref[_Connection]"
+) -> None:
+    """Forget one that is gone without an end, since its loop was closed.
+
+    Nothing is iterated over: another thread may have a loop of its own.
+    """
+    if connections.get(key) is reference:
+        connections.pop(key, None)
+    for each in raised:
+        if pending.get(each) is reference:
+            pending.pop(each, None)
 
 
 def note_parser_error(task: Any, exc: BaseException) -> None:
@@ -903,10 +913,11 @@ def _follow(request: web.BaseRequest, options: Optional[Options]) -> Optional[_R
         task.add_done_callback(followed.done)
         if connection is not None:
             connection.following += 1
-            connection.sever_earlier(request)
-            raised = connection.take_raised()
-            if raised is not None:
-                followed.note(raised)
+            raised_by = connection.raised_by()
+            if raised_by is not None and internals.is_same(raised_by, request):
+                raised = connection.take_raised()
+                if raised is not None:
+                    followed.note(raised)
     if options is not None and not any(each is options for each in followed.options):
         followed.options.append(options)
     if calls_are_followed:
@@ -921,7 +932,31 @@ def note(request: web.BaseRequest, exc: BaseException, options: Options) -> None
     if type(exc) is GeneratorExit:  # the coroutine is thrown away, not the request
         return
     try:
-        # Nobody else has most of what is raised, and a callback for it would cost more.
+        followed = _follow(request, options)
+        if followed is not None:
+            followed.note(exc)
+    except Exception:
+        _complain("noting an exception")
+
+
+def note_last(
+    request: web.BaseRequest,
+    exc: BaseException,
+    options: Options,
+    middleware: Optional[Callable[..., Any]],
+) -> None:
+    """As :func:`note`, perhaps as the last one, outside of which there is only aiohttp.
+
+    Then it is the response, and nobody else has most of those.  A callback for each
+    would cost more than all the rest.
+
+    Args:
+        request: as for :func:`note`.
+        exc: as for :func:`note`.
+        options: as for :func:`note`.
+        middleware: who asks; None: all middlewares are inside.
+    """
+    try:
         if (
             sys.getrefcount(exc) == _UNSHARED
             and options.are_silent
@@ -929,7 +964,7 @@ def note(request: web.BaseRequest, exc: BaseException, options: Options) -> None
             and cause_of(exc) is None
             and context_of(exc) is None
         ):
-            task = internals.connection_of_raising(request, exc)
+            task = internals.connection_of_response(request, exc, middleware)
             if task is not None:
                 found = connections.get(id(task))
                 connection = None if found is None else found()
@@ -937,11 +972,9 @@ def note(request: web.BaseRequest, exc: BaseException, options: Options) -> None
                     connection = follow_connection(task)
                 if connection is not None and connection.put_off(request, exc):
                     return
-        followed = _follow(request, options)
-        if followed is not None:
-            followed.note(exc)
     except Exception:
-        _complain("noting an exception")
+        _complain("putting off an exception")
+    note(request, exc, options)
 
 
 def _count_references(exc: BaseException) -> int:
@@ -968,8 +1001,11 @@ def _run_at_once(coroutine: "Coroutine[Any, Any, int]") -> int:
     raise AssertionError
 
 
-# How many references to an exception note() counts if nobody else has any.
-_UNSHARED = _run_at_once(_count_when_caught()) if COUNTS_ARE_EXACT else -1
+# How many references to an exception note_last() counts if nobody else has any.  What
+# traces the program may have some.
+_UNSHARED = -1
+if COUNTS_ARE_EXACT and sys.gettrace() is None:
+    _UNSHARED = _run_at_once(_count_when_caught())
 
 
 def leave_alone(request: web.BaseRequest, kept: bool) -> None:
@@ -995,9 +1031,7 @@ def passed(
         task = internals.connection_of_plain(request, response)
         if task is not None and id(task) in connections and not calls_are_followed:
             return
-        connection = follow_connection(request.task)
-        if connection is not None:
-            connection.sever_earlier(request)
+        follow_connection(request.task)
         if not internals.keeps_nothing(request):
             _follow(request, options)
         # isinstance() is asked last: the class is abstract, which makes it slow.

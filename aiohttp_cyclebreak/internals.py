@@ -31,13 +31,14 @@ __all__ = (
     "connection_frame",
     "connection_holds",
     "connection_of_plain",
-    "connection_of_raising",
+    "connection_of_response",
     "error_of_call",
     "error_of_last_attempt",
     "follow_websockets",
     "forget_missing_route",
     "guard_connections",
     "has_gone_on",
+    "has_middlewares",
     "has_request",
     "is_awaited",
     "is_being_answered",
@@ -196,29 +197,42 @@ def keeps_nothing(request: Any) -> bool:
         return False
 
 
-def connection_of_raising(request: Any, exc: Any) -> "Optional[asyncio.Task[Any]]":
-    """The connection's task, if a request that raises a response keeps nothing.
+def connection_of_response(
+    request: Any, exc: Any, middleware: Optional[Callable[..., Any]]
+) -> "Optional[asyncio.Task[Any]]":
+    """The connection's task, if an exception will be the response of a plain request.
 
-    And asks for no websocket, and is the one that is being handled.
+    That is one which keeps nothing, asks for no websocket, is the one that is being
+    handled, and has no other middleware outside of this one.
 
     aiohttp: as :func:`keeps_nothing`, ``BaseRequest._headers``, ``._protocol`` and
-    ``._task``, ``RequestHandler._current_request``, and ``__http_exception__``, by
-    which aiohttp itself knows an ``HTTPException``, 3.8 to 3.14.
+    ``._task``, ``RequestHandler._current_request``, ``UrlMappingMatchInfo._apps``,
+    ``Application._middlewares``, and ``__http_exception__``, by which aiohttp itself
+    knows an ``HTTPException``, 3.8 to 3.14.
+
+    Args:
+        request: the request.
+        exc: what has been raised.
+        middleware: the middleware; None: all of them are inside.
 
     Returns:
         The task; None when there is more to look at.
     """
     try:
+        match_info = request._match_info
         if (
             type(exc).__http_exception__ is True
             and request._payload is EMPTY_PAYLOAD
             and not request._state
-            and type(request._match_info) is _MatchInfo
+            and type(match_info) is _MatchInfo
             and request._protocol._current_request is request
             and _UPGRADE not in request._headers
+            and (
+                middleware is None or match_info._apps[0]._middlewares[0] is middleware
+            )
         ):
             return request._task  # type: ignore[no-any-return]
-    except AttributeError:
+    except (AttributeError, IndexError):
         pass
     return None
 
@@ -503,6 +517,18 @@ def make_innermost(app: web.Application, middleware: Callable[..., Any]) -> None
     if isinstance(handlers, tuple):
         others = tuple(each for each in handlers if each[0] is not middleware)
         app._middlewares_handlers = ((middleware, True), *others)
+
+
+def has_middlewares(app: web.Application, *but: Callable[..., Any]) -> bool:
+    """Whether an application or one below it has any middleware but these.
+
+    aiohttp: as :func:`subapps`.
+    """
+    return any(
+        middleware not in but
+        for each in (app, *subapps(app))
+        for middleware in each.middlewares
+    )
 
 
 def make_outermost(app: web.Application, middleware: Callable[..., Any]) -> None:

@@ -8,7 +8,7 @@ from weakref import WeakSet
 from aiohttp import web
 
 from . import guard, internals
-from .guard import begin, connections, note, passed, pending
+from .guard import begin, connections, note, note_last, passed, pending
 from .internals import connection_of_plain
 from .options import BreakEvent, Options, make_options, switched_off
 from .radar import Radar, Watch, watch_application, watch_of
@@ -146,6 +146,10 @@ def setup(
 
     async def reach_the_ends(app: web.Application) -> None:
         # Only now is it known what came after setup().
+        if not internals.has_middlewares(app, outermost, innermost):
+            if not app.middlewares.frozen:
+                app.middlewares.remove(innermost)  # nobody swallows what it would see
+            return
         for each in (app, *internals.subapps(app)):
             internals.make_innermost(each, innermost)
         internals.make_outermost(app, outermost)
@@ -173,7 +177,7 @@ def _make_layer(options: Options) -> "Middleware":
         try:
             response = await handler(request)
         except BaseException as exc:
-            note(request, exc, options)
+            note_last(request, exc, options, cyclebreak_middleware)
             raise
         # Most keep nothing, on a connection with nothing to be severed: this is
         # all that they pay for.

@@ -7,7 +7,14 @@ import aiohttp
 from aiohttp import web
 
 from . import internals
-from .guard import begin, follow_connection, note, note_parser_error, passed
+from .guard import (
+    begin,
+    follow_connection,
+    note,
+    note_last,
+    note_parser_error,
+    passed,
+)
 from .options import BreakEvent, Options, make_options, switched_off
 
 if TYPE_CHECKING:
@@ -98,7 +105,7 @@ def _guarded(
         try:
             response = await handler(request)
         except BaseException as exc:
-            note(request, exc, options)
+            note_last(request, exc, options, None)
             raise
         passed(request, response, options)
         return response
@@ -108,6 +115,8 @@ def _guarded(
 
 def _guard_inside(app: web.Application, options: Options) -> None:
     """See what handlers raise before a middleware of the application swallows it."""
+    if not internals.has_middlewares(app):
+        return
 
     @web.middleware
     async def guarded_middleware(

@@ -205,38 +205,26 @@ def test_a_request_that_is_tried_again_reports_the_first_failure(
     assert reported == [True] * 3
 
 
-@web.middleware
-async def translate(request: web.Request, handler: Any) -> web.StreamResponse:
-    """No frame that goes on is in the traceback of what was raised first."""
-    try:
-        return await handler(request)  # type: ignore[no-any-return]
-    except web.HTTPBadRequest as exc:
-        raise web.HTTPConflict from exc
-
-
-@pytest.mark.parametrize("guard", ["appended", "setup"])  # it has noted it by then
-def test_an_exception_that_is_shared_only_later_is_left_whole(guard: str) -> None:
+def test_an_exception_that_is_shared_only_later_is_left_whole() -> None:
     """One request has it in hand; others raise the same and are done before."""
     cached: List[BaseException] = []
     done: List[asyncio.Event] = []
     reported: List[bool] = []
 
-    @web.middleware
-    async def cache(request: web.Request, handler: Any) -> web.StreamResponse:
-        if cached:
-            raise web.HTTPBadGateway from cached[0]
-        try:
-            return await handler(request)  # type: ignore[no-any-return]
-        except web.HTTPConflict as exc:
-            assert exc.__cause__ is not None
-            cached.append(exc.__cause__)
+    async def share(request: web.Request, response: Any) -> None:
+        if not cached:
+            cached.append(response)
             await done[0].wait()
-            reported.append(has_local(cached[0], "refuse", "marker"))
-            raise
+            reported.append(has_local(response, "refuse", "marker"))
+
+    async def raise_cached(request: web.Request) -> web.Response:
+        raise web.HTTPBadGateway from cached[0]
 
     async def main() -> int:
-        app = application(cache, translate)
-        GUARDS[guard](app)
+        app = application()
+        app.router.add_get("/cached", raise_cached)
+        app.on_response_prepare.append(share)
+        setup(app)
         with no_collector():
             before = len(alive())
             async with serve(app) as service:
@@ -245,52 +233,116 @@ def test_an_exception_that_is_shared_only_later_is_left_whole(guard: str) -> Non
                 await first.get("/refuse/1")
                 while not cached:
                     await asyncio.sleep(0)
+                # No frame that goes on tells that it is in flight.
+                cached[0] = cached[0].with_traceback(
+                    cached[0].__traceback__.tb_next.tb_next.tb_next  # type: ignore[union-attr]
+                )
                 second = await service.connect()
                 for _ in range(3):
-                    assert await ask(second, "/refuse/2") == 502
+                    assert await ask(second, "/cached") == 502
                 done[0].set()
-                assert (await first.answer())[0] == 409
+                assert (await first.answer())[0] == 400
                 first.close()
                 second.close()
                 await service.settle()
             return len(alive()) - before
 
-    left = run(main())
+    assert run(main()) == 0
     assert reported == [True]
-    if guard != "appended":  # that one does not see what another middleware raises
-        assert left == 0
 
 
-@pytest.mark.parametrize("guard", GUARDS)
-def test_a_task_that_outlives_its_request_disturbs_no_later_one(guard: str) -> None:
-    """It calls the handler once more while the next request reports a failure."""
+def test_who_has_an_exception_by_two_roots_takes_it_from_no_other() -> None:
+    """Both ends of setup() see it; the request that goes on reports it whole."""
+    outage = LookupError("for all")
+    waiting: List[asyncio.Event] = []
     reported: List[bool] = []
-    calls: List[Callable[[], Any]] = []
 
     @web.middleware
-    async def report(request: web.Request, handler: Any) -> web.StreamResponse:
-        calls.append(lambda: handler(request))
+    async def translate(request: web.Request, handler: Any) -> web.StreamResponse:
         try:
             return await handler(request)  # type: ignore[no-any-return]
-        except web.HTTPConflict as exc:
-            if request.path == "/refuse/2":
-                for call in calls[:2]:
-                    task = asyncio.ensure_future(call())
-                    await asyncio.wait([task])
-                    task.exception()
-                assert exc.__cause__ is not None
-                reported.append(has_local(exc.__cause__, "refuse", "marker"))
+        except web.HTTPBadGateway as exc:
+            if request.path == "/second":
+                raise web.HTTPServiceUnavailable from exc
+            waiting.append(asyncio.Event())
+            await waiting[0].wait()
+            reported.append(has_local(exc, "fail", "marker"))
             raise
 
+    async def fail(request: web.Request) -> web.Response:
+        marker = request.path
+        try:
+            raise outage
+        except LookupError as exc:
+            raise web.HTTPBadGateway(text=marker) from exc
+
     async def main() -> None:
-        app = application(report, translate)
-        GUARDS[guard](app)
+        app = application(translate)
+        app.router.add_get("/{name}", fail)
+        setup(app)
         async with serve(app) as service:
-            client = await service.connect()
-            for path, status in (("/refuse/1", 409), ("/", 200), ("/refuse/2", 409)):
-                assert await ask(client, path) == status
-            client.close()
+            first = await service.connect()
+            await first.get("/first")
+            while not waiting:
+                await asyncio.sleep(0)
+            second = await service.connect()
+            assert await ask(second, "/second") == 503
+            await spin()
+            waiting[0].set()
+            assert (await first.answer())[0] == 502
+            first.close()
+            second.close()
             await service.settle()
 
     run(main())
     assert reported == [True]
+
+
+@web.middleware
+async def keeps_another(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Keep a cycle of its own, in a frame that the first exception came through."""
+    try:
+        return await handler(request)  # type: ignore[no-any-return]
+    except web.HTTPException:
+        pass
+    try:
+        raise LookupError("audit")
+    except LookupError as exc:
+        kept = exc
+    return web.Response(text=str(kept), status=500)
+
+
+@web.middleware
+async def stores_another(request: web.Request, handler: Any) -> web.StreamResponse:
+    try:
+        return await handler(request)  # type: ignore[no-any-return]
+    except web.HTTPException:
+        pass
+    try:
+        raise LookupError("audit")
+    except LookupError as exc:
+        request["audit"] = exc
+    return web.Response(status=500)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("guard", ["appended", "setup"])
+@pytest.mark.parametrize("swallows", [keeps_another, stores_another])
+def test_what_is_swallowed_is_followed_to_the_end(
+    swallows: Any, guard: str, loop: str
+) -> None:
+    """It is no response, and so the connection has nothing of it."""
+
+    async def main(guard: Guard) -> int:
+        app = application(swallows)
+        guard(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                for _ in range(5):
+                    assert (await service.ask("/refuse/1"))[0] == 500
+                    await service.settle()
+            return len(alive()) - before
+
+    assert run(main(lambda app: None), loop) == 5
+    assert run(main(GUARDS[guard]), loop) == 0
