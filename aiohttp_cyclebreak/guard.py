@@ -2,9 +2,9 @@
 
 Nothing about an exception changes while its request is in flight: it is noted on
 the way, and severed when the request's own task is done, which is after the
-response, aiohttp's log lines and the access log.  What a plain request raises and
-nobody else has, the most frequent failure, is left to the connection instead: to its
-next request, until which aiohttp has it too, or to its end.
+response, aiohttp's log lines and the access log.  What a plain request raises as its
+response, and nobody else has, is left to the connection instead: to its next request,
+until which aiohttp has it too, or to its end.
 """
 
 import asyncio
