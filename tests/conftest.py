@@ -26,3 +26,9 @@ def _no_complaint(request: pytest.FixtureRequest) -> Iterator[None]:
     guard._complaints.clear()
     if "expects_complaint" not in request.keywords:
         assert not complaints
+
+
+@pytest.fixture(autouse=True)
+def _calls_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One client_cyclebreak() has all requests of the process looked at for calls."""
+    monkeypatch.setattr(guard, "calls_are_followed", False)
