@@ -22,6 +22,7 @@ WAYS: Dict[str, Callable[[web.Application], Any]] = {
     # setup() has two layers, and the first one of any costs aiohttp more than the next.
     "two idle ones": lambda app: app.middlewares.extend([idle, idle]),
     "cyclebreak()": lambda app: app.middlewares.append(cyclebreak()),
+    "cyclebreak() below idle": lambda app: app.middlewares.extend([idle, cyclebreak()]),
     "setup()": setup,
     "guard_server()": lambda app: None,
     "release_body": lambda app: setup(app, release_body=True),
