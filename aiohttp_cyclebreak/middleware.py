@@ -148,8 +148,9 @@ def setup(
     async def reach_the_ends(app: web.Application) -> None:
         # Only now is it known what came after setup().
         if not internals.has_middlewares(app, outermost, innermost):
-            if not app.middlewares.frozen:
-                app.middlewares.remove(innermost)  # nobody swallows what it would see
+            # Nobody swallows what it would see.
+            if innermost in app.middlewares and not app.middlewares.frozen:
+                app.middlewares.remove(innermost)
             return
         for each in (app, *internals.subapps(app)):
             internals.make_innermost(each, innermost)
