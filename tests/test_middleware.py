@@ -610,3 +610,21 @@ def test_middlewares_work_with_mocked_requests() -> None:
         return await middleware(make_mocked_request("GET", "/"), answer)
 
     assert run(main()).text == "ok"
+
+
+def test_the_inner_end_is_there_only_for_what_lies_between() -> None:
+    """Alone, the outer end sees all that the inner one would."""
+
+    @web.middleware
+    async def between(request: web.Request, handler: Any) -> web.StreamResponse:
+        return await handler(request)  # type: ignore[no-any-return]
+
+    async def layers(*middlewares: Any) -> int:
+        app = web.Application()
+        setup(app)
+        app.middlewares.extend(middlewares)
+        async with serve(app):
+            return len(app.middlewares) - len(middlewares)
+
+    assert run(layers()) == 1
+    assert run(layers(between)) == 2
