@@ -57,7 +57,7 @@ def requirement(aiohttp):
 def tests(session, aiohttp, extensions):
     """Run the tests; all of them beside aiohttp 3.10.11 on the main entries.
 
-    Elsewhere uvloop is left out, and what starts processes.
+    Elsewhere uvloop is left out, what starts processes, and what takes long.
     """
     session.install("-e", ".[test]", requirement(aiohttp))
     env = {} if extensions else {"AIOHTTP_NO_EXTENSIONS": "1"}
@@ -65,7 +65,7 @@ def tests(session, aiohttp, extensions):
     # The README's command runs all of it on the newest aiohttp.
     everything = extensions and (session.python, aiohttp) in MAIN and aiohttp != NEWEST
     if not which and not everything:
-        which = ["-m", "not processes", "-k", "not uvloop"]
+        which = ["-m", "not processes and not thorough", "-k", "not uvloop"]
     session.run("python", "-c", "import aiohttp; print('aiohttp', aiohttp.__version__)")
     session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *which, env=env)
 

@@ -215,6 +215,7 @@ def test_what_is_kept_of_every_request_is_seen():
     assert kept(sys.getallocatedblocks, "remembers") >= NUMBER
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("_tracing")
 @pytest.mark.parametrize("way", GUARDS)
 def test_nothing_of_ours_outlives_a_successful_request(way):

@@ -413,6 +413,7 @@ SHOWN = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("leak", SHOWN, ids=lambda leak: leak.id)
 def test_the_catalogue(leak: Leak, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each leak is of the kind that a collection shows, and its family is named."""

@@ -20,9 +20,13 @@ from aiohttp_cyclebreak.radar import Watch, watch_of
 from .service import LOOPS, TIMEOUT, Service, alive, no_collector, run, serve, spin
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage() -> None:
+    gc.collect()  # not gc.freeze(), which hides what holds a request
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
-    gc.collect()  # not gc.freeze(), which hides what holds a request
     yield
     HELD.clear()
 

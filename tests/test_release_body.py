@@ -67,6 +67,7 @@ async def held(service: Service, body: bytes, *headers: str) -> int:
     return size
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("handler", [read, parse, refuse])
 def test_idle_connections_hold_no_bodies(handler: Any) -> None:
     """200 that uploaded 500 kB hold at most 1 MiB more than those with one byte."""
