@@ -35,8 +35,15 @@ def _insert(app: web.Application) -> None:
 
 
 def _at_both_ends(app: web.Application) -> None:
+    """As setup(): there is no second end where nothing lies between the two."""
     _insert(app)
-    _append(app)
+
+    async def reach_the_other_end(app: web.Application) -> None:
+        if len(app.middlewares) > 1:
+            _append(app)
+
+    on_startup: Any = app.on_startup
+    on_startup.append(reach_the_other_end)
 
 
 BARE: Dict[str, Install] = {
