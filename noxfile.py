@@ -169,7 +169,7 @@ BENCH = [
 
 @nox.session(python="3.11")
 def bench(session):
-    """Measure what it costs and saves, for docs/performance.rst: about 15 minutes.
+    """Measure what it costs and saves, for docs/performance.rst; it takes half an hour.
 
     ``-- --quick`` is rough, and writes nothing into docs/; ``-- load`` is one part
     (load, keepalive, overhead, scale), ``-- report`` only draws again.
