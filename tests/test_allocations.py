@@ -10,6 +10,7 @@ import contextlib
 import gc
 import sys
 import tracemalloc
+from array import array
 from collections import deque
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -172,14 +173,14 @@ def kept(count: Callable[[], int], way: str) -> int:
     The fewest of several times: what is kept of each request is there every time,
     and a cache that is filled is not.
     """
-    found = []
+    found = array("q", [0] * 4)  # a list would keep each number, which is counted too
 
     async def main() -> None:
         async with serving(way) as service:
             client = await service.connect()
             await ask(client, 50)
-            for _ in range(4):
-                found.append(count())
+            for window in range(4):
+                found[window] = count()
                 await ask(client, NUMBER)
             client.close()
             await service.settle()
