@@ -119,11 +119,10 @@ _FOLLOWED = "_cyclebreak"
 _MOST = 100
 
 
-def _forget_holder(holder: "ref[_Holder]") -> None:
+def _forget_holder(keys: List[int], holder: "ref[_Holder]") -> None:
     """Forget who had exceptions in hand, and is gone since its loop was closed."""
-    for key, holders in list(_in_hand.items()):
-        if any(each is holder for each in holders):
-            _take_from_hand(key, holder)
+    for key in keys:
+        _take_from_hand(key, holder)
 
 
 def _take_from_hand(key: int, holder: "ref[_Holder]") -> None:
@@ -155,7 +154,8 @@ class _Holder:
         self.exceptions.append(root)
         own = self.reference
         if own is None:
-            own = self.reference = ref(self, _forget_holder)
+            forget = partial(_forget_holder, self.in_hand)
+            own = self.reference = ref(self, forget)
         for exc in graph(root) if leads_on(root) else (root,):
             key = id(exc)
             self.in_hand.append(key)
