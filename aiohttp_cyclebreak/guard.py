@@ -13,8 +13,10 @@ import logging
 import sys
 from contextvars import ContextVar
 from functools import partial
+from sys import getrefcount
 from types import FrameType
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     Coroutine,
@@ -26,19 +28,23 @@ from typing import (
     Tuple,
     cast,
 )
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, getweakrefs, ref
 
 from aiohttp import hdrs, web
 
 from . import internals
 from .calls import Calls
+from .internals import (
+    CONNECTIONS_KEEP_THEMSELVES,
+    HANDLE_REQUEST,
+    connection_of_response,
+    connection_task,
+)
 from .options import BodyReleasedError, BreakEvent, Options
 from .sever import (
     COUNTS_ARE_EXACT,
     Cut,
     awaiting_frames,
-    cause_of,
-    context_of,
     detach,
     empty_with_callers,
     frames_of,
@@ -49,6 +55,8 @@ from .sever import (
     leads_on,
     local_values,
     owns_its_traceback,
+    owns_what_it_came_through,
+    returns_of,
     sever,
 )
 
@@ -108,8 +116,8 @@ connections: "Dict[int, ref[_Connection]]" = {}
 _callers: "Dict[int, ref[_Caller]]" = {}
 # Who has noted an exception.
 _in_hand: "Dict[int, Tuple[ref[_Holder], ...]]" = {}
-# The same of what a connection has put off.
-pending: "Dict[int, ref[_Connection]]" = {}
+# What connections have put off, by the ids of their tasks.
+pending: "Dict[int, _PutOff]" = {}
 
 # Where a request has what follows it, beside its own attributes.
 _FOLLOWED = "_cyclebreak"
@@ -289,7 +297,7 @@ class _Request(_Holder):
         if exc is internals.missing_route(self.request):
             return False
         # If the response's did not come to aiohttp's frame, it was returned.
-        code = internals.HANDLE_REQUEST if exc is response else None
+        code = HANDLE_REQUEST if exc is response else None
         if not owns_its_traceback(exc, code):
             return False
         if any(options.listener for options in self.options):
@@ -506,6 +514,72 @@ def _leave(exceptions: Iterable[BaseException], clear_frames: bool = True) -> No
         _left_over[loop].add(exc, clear_frames)
 
 
+if TYPE_CHECKING:
+    _Reference = ref[BaseException]
+else:  # which cannot be subscripted before Python 3.9
+    _Reference = ref
+
+
+class _PutOff(_Reference):
+    """What a request has raised, and is severed when the connection's next one comes.
+
+    Or when the connection ends.  Until then aiohttp has the exception as well, as the
+    response, in the live frame of the connection's task.
+    """
+
+    __slots__ = ("connection", "request")
+
+    connection: int  # the ids of its task and of the request
+    request: int
+
+    def sever(self, request: Optional[web.BaseRequest]) -> None:
+        """Sever it, if it is not of this request itself.
+
+        If nobody but aiohttp has it, then all of it goes by itself, once the frame of
+        the request's task does not hold it.  Its traceback stays, since the count of
+        references may be made up by somebody else.
+
+        Args:
+            request: the one that the connection is at now; None: it has ended.
+        """
+        if self.request == id(request):  # the request is not over
+            return
+        try:
+            del pending[self.connection]
+            exc = self()
+            if exc is None:
+                return
+            # The variable, the argument, that frame, and that of the connection's.
+            known = 3 if request is None else 4
+            if getrefcount(exc) == known and exc.__traceback__ is not None:
+                frame = exc.__traceback__.tb_frame
+                if frame.f_code is HANDLE_REQUEST and frame.f_lasti in _RETURNS:
+                    frame.clear()
+                    if getrefcount(exc) == known - 1:
+                        return
+            connection = self._connection()
+            if connection is not None:
+                connection.sever_shared(exc)
+        except Exception:
+            _complain("severing what was put off")
+
+    def is_being_answered(self) -> bool:
+        """Whether the connection waits for the task of that request still."""
+        connection = self._connection()
+        if connection is None or pending.get(self.connection) is not self:
+            return False
+        return internals.is_being_answered(connection.task())
+
+    def _connection(self) -> "Optional[_Connection]":
+        found = connections.get(self.connection)
+        return None if found is None else found()
+
+
+# Where the frame of a request's task is over; before CPython 3.13 frame.clear() closes
+# a coroutine that is suspended.
+_RETURNS = frozenset() if HANDLE_REQUEST is None else returns_of(HANDLE_REQUEST)
+
+
 class _Connection:
     """A connection that is followed to the end of its task."""
 
@@ -517,10 +591,8 @@ class _Connection:
         "later",
         "following",
         "key",
-        "raised",
-        "raised_by",
-        "raised_key",
         "reference",
+        "task",
         "__weakref__",
     )
 
@@ -534,67 +606,11 @@ class _Connection:
         # Exceptions that somebody had in hand, and whether to clear their frames.
         self.later: Dict[int, Tuple[BaseException, bool]] = {}
         self.following = 0  # requests by a callback of their task
-        self.raised: Optional[ref[BaseException]] = None
-        self.raised_by: Callable[[], Optional[web.BaseRequest]] = lambda: None
-        self.raised_key = [0]
-        forget = partial(_forget_connection, self.key, self.raised_key)
-        self.reference = ref(self, forget)
+        self.task = ref(task)
+        self.reference = ref(self, partial(_forget_connection, self.key))
 
-    def put_off(self, request: web.BaseRequest, exc: BaseException) -> bool:
-        """Sever what a request has raised only when the connection's next one comes.
-
-        Or at the connection's end.  Until then aiohttp has the exception as well, as
-        the response, in the live frame of the connection's task.
-
-        Returns:
-            Whether that is done; not if something else is to be severed.
-        """
-        if self.following or self.raised is not None:
-            return False
-        self.raised = ref(exc)
-        self.raised_by = ref(request)
-        self.raised_key[0] = key = id(exc)
-        pending[key] = self.reference
-        return True
-
-    def sever_earlier(self, request: web.BaseRequest) -> None:
-        """Sever what was put off, if not by a request that aiohttp is still at."""
-        if self.raised is not None:
-            if internals.has_gone_on(self.raised_by(), request):
-                self.sever_raised()
-
-    def take_raised(self) -> Optional[BaseException]:
-        """Forget what was put off.
-
-        Returns:
-            The exception, if somebody still has it.
-        """
-        reference = self.raised
-        if reference is None:
-            return None
-        self.raised = None
-        key = self.raised_key[0]
-        if pending.get(key) is self.reference:  # or another exception is there now
-            del pending[key]
-        return reference()
-
-    def sever_raised(self, known: int = 4) -> None:
-        """Sever what was put off, if somebody still has it.
-
-        Args:
-            known: how many references there are if nobody has it but aiohttp: of the
-                variable, of the argument, of the frame of the request's task, and of
-                that of the connection's for as long as it goes on.
-        """
-        exc = self.take_raised()
-        if exc is None:
-            return
-        if sys.getrefcount(exc) == known:
-            if owns_its_traceback(exc, internals.HANDLE_REQUEST):
-                # All of it goes by itself once that frame does not hold it.  Its
-                # traceback stays: the count may be made up by somebody else.
-                empty_with_callers(next(frames_of(exc)), {})
-                return
+    def sever_shared(self, exc: BaseException) -> None:
+        """Sever what was put off, and somebody else has too."""
         sorted_out = _sort_out([exc], lambda exc: False, _InUse())
         for _, own in sorted_out.ready:
             sever(own, spare=sorted_out.spare)
@@ -610,7 +626,8 @@ class _Connection:
     def done(self, task: "asyncio.Future[Any]") -> None:
         try:
             empty_with_callers(self.frame, {})
-            self.sever_raised(known=3)
+            if self.key in pending:
+                pending[self.key].sever(None)
             if self.unread is not None:
                 internals.release_payload(self.unread)
             self.sever_later_ones()
@@ -622,6 +639,7 @@ class _Connection:
             _complain("severing a connection")
         finally:
             connections.pop(self.key, None)
+            pending.pop(self.key, None)
             self.coroutine = self.frame = None
             self.errors = []
             self.unread = None
@@ -719,10 +737,9 @@ def begin(request: web.BaseRequest, options: Options) -> None:
     """
     try:
         if pending:
-            found = connections.get(id(request.task))
-            connection = None if found is None else found()
-            if connection is not None:
-                connection.sever_earlier(request)
+            put_off = pending.get(id(connection_task(request)))
+            if put_off is not None:
+                put_off.sever(request)
         if not calls_are_followed:
             return
         serving = _serving.get()
@@ -877,18 +894,11 @@ def follow_connection(task: Any) -> "Optional[_Connection]":
     return connection
 
 
-def _forget_connection(
-    key: int, raised: List[int], reference: "ref[_Connection]"
-) -> None:
-    """Forget one that is gone without an end, since its loop was closed.
-
-    Nothing is iterated over: another thread may have a loop of its own.
-    """
+def _forget_connection(key: int, reference: "ref[_Connection]") -> None:
+    """Forget one that is gone without an end, since its loop was closed."""
     if connections.get(key) is reference:
         connections.pop(key, None)
-    for each in raised:
-        if pending.get(each) is reference:
-            pending.pop(each, None)
+        pending.pop(key, None)
 
 
 def note_parser_error(task: Any, exc: BaseException) -> None:
@@ -913,11 +923,12 @@ def _follow(request: web.BaseRequest, options: Optional[Options]) -> Optional[_R
         task.add_done_callback(followed.done)
         if connection is not None:
             connection.following += 1
-            raised_by = connection.raised_by()
-            if raised_by is not None and internals.is_same(raised_by, request):
-                raised = connection.take_raised()
-                if raised is not None:
-                    followed.note(raised)
+            put_off = pending.get(connection.key)
+            if put_off is not None and internals.is_current(request, put_off.request):
+                del pending[connection.key]
+                exc = put_off()
+                if exc is not None:
+                    followed.note(exc)
     if options is not None and not any(each is options for each in followed.options):
         followed.options.append(options)
     if calls_are_followed:
@@ -958,27 +969,32 @@ def note_last(
     """
     try:
         if (
-            sys.getrefcount(exc) == _UNSHARED
+            getrefcount(exc) == _UNSHARED
             and options.are_silent
             and not calls_are_followed
-            and cause_of(exc) is None
-            and context_of(exc) is None
+            and exc.__cause__ is None
+            and exc.__context__ is None
         ):
-            task = internals.connection_of_response(request, exc, middleware)
-            if task is not None:
-                found = connections.get(id(task))
+            task = connection_of_response(request, exc, middleware)
+            if task is not None and owns_what_it_came_through(exc):
+                key = id(task)
+                found = connections.get(key)
                 connection = None if found is None else found()
                 if connection is None:
                     connection = follow_connection(task)
-                if connection is not None and connection.put_off(request, exc):
-                    return
+                if connection is not None and not connection.following:
+                    if key not in pending:
+                        put_off = pending[key] = _PutOff(exc)
+                        put_off.connection = key
+                        put_off.request = id(request)
+                        return
     except Exception:
         _complain("putting off an exception")
     note(request, exc, options)
 
 
 def _count_references(exc: BaseException) -> int:
-    return sys.getrefcount(exc)
+    return getrefcount(exc)
 
 
 async def _raise() -> None:
@@ -1025,13 +1041,12 @@ def passed(
 
     This runs for every request that succeeds, and most keep nothing: no body that
     could be read too late, nothing that the application stored, a route, and a
-    response that is no websocket.  A connection is followed from its first request.
+    response that is no websocket.  Where a connection has to be severed itself, it is
+    followed from its first request.
     """
     try:
-        task = internals.connection_of_plain(request, response)
-        if task is not None and id(task) in connections and not calls_are_followed:
-            return
-        follow_connection(request.task)
+        if CONNECTIONS_KEEP_THEMSELVES:
+            follow_connection(request.task)
         if not internals.keeps_nothing(request):
             _follow(request, options)
         # isinstance() is asked last: the class is abstract, which makes it slow.
@@ -1064,14 +1079,10 @@ def _somebody_has(exc: BaseException) -> bool:
     for holder in _in_hand.get(id(exc), ()):
         if holder() is not None:
             return True
-    found = pending.get(id(exc))
-    connection = None if found is None else found()
-    if connection is None or connection.raised is None:
-        return False
-    request = connection.raised_by()
-    if connection.raised() is not exc or request is None:
-        return False
-    return internals.is_being_answered(request)
+    for put_off in getweakrefs(exc):
+        if type(put_off) is _PutOff and put_off.is_being_answered():
+            return True
+    return False
 
 
 def _websocket_errors(

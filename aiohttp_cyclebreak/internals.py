@@ -11,6 +11,7 @@ import re
 import sys
 from collections import deque
 from functools import partial
+from operator import attrgetter
 from types import CodeType, FrameType
 from typing import Any, Callable, Iterator, List, Optional, Tuple, Type
 from weakref import WeakValueDictionary
@@ -23,6 +24,7 @@ from aiohttp.web_urldispatcher import SystemRoute
 from .sever import frames_of, is_exception
 
 __all__ = (
+    "CONNECTIONS_KEEP_THEMSELVES",
     "HANDLE_REQUEST",
     "KEEPS_FIRST_ATTEMPTS",
     "GuardedProtocol",
@@ -32,12 +34,12 @@ __all__ = (
     "connection_holds",
     "connection_of_plain",
     "connection_of_response",
+    "connection_task",
     "error_of_call",
     "error_of_last_attempt",
     "follow_websockets",
     "forget_missing_route",
     "guard_connections",
-    "has_gone_on",
     "has_middlewares",
     "has_request",
     "is_awaited",
@@ -60,6 +62,12 @@ __all__ = (
     "subapps",
 )
 
+
+_VERSION = tuple(int(part) for part in re.findall(r"\d+", aiohttp.__version__)[:3])
+
+# Whether a connection whose requests all succeed keeps the last one, once it has ended:
+# its task was a local of its own frame, see aiohttp issue #10548.
+CONNECTIONS_KEEP_THEMSELVES = _VERSION < (3, 11, 14)
 
 # The code of a request's task.  Its frame is the outermost in the traceback of what
 # came out of all middlewares; its local ``resp`` is what was raised as the response.
@@ -160,6 +168,13 @@ def release_websocket(
     response._req = None
 
 
+# The task of a request's connection; this runs for every request.
+# aiohttp: ``BaseRequest._task``, 3.8 to 3.14; without it the property is asked.
+connection_task: Callable[[web.BaseRequest], Any] = attrgetter(
+    "_task" if "_task" in getattr(web.BaseRequest, "ATTRS", ()) else "task"
+)
+
+
 def connection_frame(task: "asyncio.Task[Any]") -> Optional[FrameType]:
     """The frame of a connection's task, alive for as long as the connection.
 
@@ -202,13 +217,13 @@ def connection_of_response(
 ) -> "Optional[asyncio.Task[Any]]":
     """The connection's task, if an exception will be the response of a plain request.
 
-    That is one which keeps nothing, asks for no websocket, is the one that is being
-    handled, and has no other middleware outside of this one.
+    That is one which keeps nothing, asks for no websocket, and has no other middleware
+    outside of this one.
 
-    aiohttp: as :func:`keeps_nothing`, ``BaseRequest._headers``, ``._protocol`` and
-    ``._task``, ``RequestHandler._current_request``, ``UrlMappingMatchInfo._apps``,
-    ``Application._middlewares``, and ``__http_exception__``, by which aiohttp itself
-    knows an ``HTTPException``, 3.8 to 3.14.
+    aiohttp: as :func:`keeps_nothing`, ``BaseRequest._headers`` and ``._task``,
+    ``UrlMappingMatchInfo._apps``, ``Application._middlewares``, and
+    ``__http_exception__``, by which aiohttp itself knows an ``HTTPException``, 3.8 to
+    3.14.
 
     Args:
         request: the request.
@@ -225,7 +240,6 @@ def connection_of_response(
             and request._payload is EMPTY_PAYLOAD
             and not request._state
             and type(match_info) is _MatchInfo
-            and request._protocol._current_request is request
             and _UPGRADE not in request._headers
             and (
                 middleware is None or match_info._apps[0]._middlewares[0] is middleware
@@ -245,40 +259,28 @@ def is_same(request: Any, other: Any) -> bool:
     return request.writer is other.writer
 
 
-def is_current(request: web.BaseRequest) -> bool:
+def is_current(request: web.BaseRequest, number: Optional[int] = None) -> bool:
     """Whether a request's connection is at this request, and its handler is running.
-
-    aiohttp: ``RequestHandler._current_request``, 3.8 to 3.14.  Without it the answer
-    is no.
-    """
-    current = getattr(request.protocol, "_current_request", None)
-    return current is request or (current is not None and is_same(current, request))
-
-
-def has_gone_on(earlier: Optional[web.BaseRequest], request: web.BaseRequest) -> bool:
-    """Whether a connection is at this request, and done with an earlier one.
 
     aiohttp: ``RequestHandler._current_request``, 3.8 to 3.14.  Without it the answer
     is no.
 
     Args:
-        earlier: the earlier one, if it is still there.
-        request: a request, or a clone of it.
+        request: the request, or a clone of it.
+        number: the id that the request itself has to have.
     """
     current = getattr(request.protocol, "_current_request", None)
-    if current is request:
-        return earlier is not request
-    if current is None or not is_same(current, request):
+    if current is None or (number is not None and id(current) != number):
         return False
-    return earlier is None or not is_same(current, earlier)
+    return current is request or is_same(current, request)
 
 
-def is_being_answered(request: web.BaseRequest) -> bool:
-    """Whether a request's connection waits for the task of a request.
+def is_being_answered(task: "Optional[asyncio.Task[Any]]") -> bool:
+    """Whether a connection, by its task, waits for the task of a request.
 
     asyncio: ``Task._fut_waiter``, 3.8 to 3.14.
     """
-    return hasattr(getattr(request.task, "_fut_waiter", None), "get_coro")
+    return hasattr(getattr(task, "_fut_waiter", None), "get_coro")
 
 
 def connection_of_plain(
@@ -654,11 +656,7 @@ def error_of_call(made_with: Any) -> Optional[BaseException]:
 # A call that is tried again on another connection tells its tracing nothing of the
 # first attempt, whose exception the connection's protocol keeps.  Before, no call is
 # tried again, and afterwards nothing is kept.
-KEEPS_FIRST_ATTEMPTS = (
-    (3, 10)
-    <= tuple(int(part) for part in re.findall(r"\d+", aiohttp.__version__)[:3])
-    < (3, 11, 14)
-)
+KEEPS_FIRST_ATTEMPTS = (3, 10) <= _VERSION < (3, 11, 14)
 
 
 def error_of_last_attempt() -> Optional[BaseException]:

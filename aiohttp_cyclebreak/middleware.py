@@ -9,7 +9,11 @@ from aiohttp import web
 
 from . import guard, internals
 from .guard import begin, connections, note, note_last, passed, pending
-from .internals import connection_of_plain
+from .internals import (
+    CONNECTIONS_KEEP_THEMSELVES,
+    connection_of_plain,
+    connection_task,
+)
 from .options import BreakEvent, Options, make_options, switched_off
 from .radar import Radar, Watch, watch_application, watch_of
 
@@ -174,17 +178,26 @@ def _make_layer(options: Options) -> "Middleware":
     async def cyclebreak_middleware(
         request: web.Request, handler: "Handler"
     ) -> web.StreamResponse:
-        if pending or guard.calls_are_followed:
+        if pending:
+            put_off = pending.get(id(connection_task(request)))
+            if put_off is not None:
+                put_off.sever(request)
+        calls_are_followed = guard.calls_are_followed
+        if calls_are_followed:
             begin(request, options)
         try:
             response = await handler(request)
         except BaseException as exc:
             note_last(request, exc, options, cyclebreak_middleware)
             raise
-        # Most keep nothing, on a connection with nothing to be severed: this is
-        # all that they pay for.
+        # Most keep nothing, on a connection that is followed where it has to be: this
+        # is all that they pay for.
         task = connection_of_plain(request, response)
-        if task is None or id(task) not in connections or guard.calls_are_followed:
+        if (
+            task is None
+            or calls_are_followed
+            or (CONNECTIONS_KEEP_THEMSELVES and id(task) not in connections)
+        ):
             passed(request, response, options)
         return response
 

@@ -18,6 +18,7 @@ from typing import (
     Callable,
     Container,
     Dict,
+    FrozenSet,
     Iterable,
     Iterator,
     List,
@@ -42,6 +43,8 @@ __all__ = (
     "is_finished",
     "leads_on",
     "owns_its_traceback",
+    "owns_what_it_came_through",
+    "returns_of",
     "sever",
     "traceback_of",
 )
@@ -141,6 +144,15 @@ else:
     def _was_looked_at(frame: FrameType) -> bool:
         """As from 3.11 on; here the frame does not tell."""
         return True
+
+
+def returns_of(code: CodeType) -> FrozenSet[int]:
+    """Where a function returns: the last instruction of a frame that has."""
+    return frozenset(
+        each.offset
+        for each in dis.get_instructions(code)
+        if each.opname in ("RETURN_VALUE", "RETURN_CONST")
+    )
 
 
 def local_values(frame: FrameType) -> List[Any]:
@@ -468,6 +480,30 @@ def owns_its_traceback(exc: BaseException, code: Optional[CodeType] = None) -> b
         outer = inner
         traceback = traceback.tb_next
     return inner is None or count(inner) == 4  # of two variables
+
+
+def owns_what_it_came_through(exc: BaseException) -> bool:
+    """As :func:`owns_its_traceback`, while it goes on through the frame that asks.
+
+    That frame, which is the outermost yet, and those that have called it are not
+    looked at: what holds one of them comes to it by a frame that it has called.
+    """
+    traceback = exc.__traceback__
+    if traceback is None:
+        return False
+    count = sys.getrefcount
+    traceback = traceback.tb_next
+    inner = outer = None
+    while traceback is not None:
+        # As there.
+        if count(traceback) != 3:
+            return False
+        inner = traceback.tb_frame
+        if outer is not None and count(outer) != 3 + (inner.f_back is outer):
+            return False
+        outer = inner
+        traceback = traceback.tb_next
+    return inner is None or count(inner) == 4
 
 
 def detach(exc: BaseException) -> None:

@@ -468,8 +468,8 @@ def test_an_error_in_a_callback_is_logged_once(option: str, log: List[str]) -> N
 @pytest.mark.parametrize(
     ("function", "options"),
     [
-        ("cause_of", {}),
-        ("owns_its_traceback", {}),
+        ("connection_of_response", {}),
+        ("_RETURNS", {}),
         ("graph", {"keep": lambda request, exc: False}),
     ],
     ids=["noted", "severed", "severed when the task is done"],

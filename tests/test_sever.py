@@ -1,6 +1,7 @@
 """Exceptions, tracebacks and frames, without a server."""
 
 import asyncio
+import contextlib
 import functools
 import gc
 import sys
@@ -16,6 +17,7 @@ from aiohttp_cyclebreak.sever import (
     graph,
     in_flight,
     is_finished,
+    returns_of,
     sever,
 )
 
@@ -169,6 +171,34 @@ def test_a_suspended_frame_is_never_closed(where: str) -> None:
         while True:
             suspended.send(None)  # it goes on to its end
     assert is_finished(frame)
+
+
+@pytest.mark.parametrize("where", ["returns", "raises", "waits"])
+def test_only_a_frame_that_has_returned_stands_at_a_return(where: str) -> None:
+    """Whatever else it stands at is looked at more closely, before it is cleared."""
+    traced: List[Any] = []
+
+    async def coroutine() -> Any:
+        traced.append(sys._getframe())
+        try:
+            if where == "raises":
+                raise LookupError
+            if where == "waits":
+                await asyncio.sleep(0)
+                return where
+        finally:
+            await asyncio.sleep(0)
+
+    returns = returns_of(coroutine.__code__)
+    running = coroutine()
+    stands_at = []
+    with contextlib.suppress(StopIteration, LookupError):
+        while True:
+            running.send(None)
+            stands_at.append(traced[0].f_lasti)
+    assert len(stands_at) == (2 if where == "waits" else 1)
+    assert returns.isdisjoint(stands_at)
+    assert (traced[0].f_lasti in returns) is (where != "raises")
 
 
 def test_a_coroutine_left_by_an_exception_is_finished() -> None:
