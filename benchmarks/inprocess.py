@@ -44,6 +44,12 @@ async def refuse(request: web.Request) -> web.Response:
     raise web.HTTPBadRequest
 
 
+async def refuse_rows(request: web.Request) -> web.Response:
+    """Refuse what was looked up already; the frame has the rows."""
+    rows = [{"id": number, "tags": [number]} for number in range(150)]
+    raise web.HTTPBadRequest(text=f"{len(rows)} rows")
+
+
 async def receive(request: web.Request) -> web.Response:
     await request.read()
     return web.Response(text="ok")
@@ -52,6 +58,7 @@ async def receive(request: web.Request) -> web.Response:
 REQUESTS = {
     "success": b"GET /ok HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "failure": b"GET /fail HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "failure with rows": b"GET /rows HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "upload": b"POST /body HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody",
 }
 
@@ -84,6 +91,7 @@ async def serve(way: str) -> web.AppRunner:
     app = web.Application()
     app.router.add_get("/ok", answer)
     app.router.add_get("/fail", refuse)
+    app.router.add_get("/rows", refuse_rows)
     app.router.add_post("/body", receive)
     return await start_runner(app, way)
 

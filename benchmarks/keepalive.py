@@ -56,9 +56,7 @@ async def main(
     environments: Environments, pythons: Sequence[str], quick: bool
 ) -> List[Dict[str, Any]]:
     """Compare the ways on each CPython, with the two releases of aiohttp."""
-    processes, rounds, size, connections = (
-        (1, 6, 200, 10) if quick else (2, 20, 200, 10)
-    )
+    processes, rounds, size, connections = (1, 20, 60, 10) if quick else (3, 60, 60, 10)
     found = []
     for python in pythons:
         for aiohttp in (SUSPECT, NEWEST):

@@ -60,7 +60,8 @@ class Uploads(NamedTuple):
     size: int = 500_000
     hold: float = 0.3
     keep_alive: bool = False
-    rounds: int = 1
+    rounds: int = 2
+    fresh: bool = True  # a process of its own for each round
 
     @property
     def in_flight(self) -> int:
@@ -83,6 +84,7 @@ class Requests(NamedTuple):
     connections: int = 100
     hold: float = 0.05
     rounds: int = 8
+    fresh: bool = False
     in_flight: int = 0
 
     async def warm_up(self, service: Service) -> Any:
@@ -120,6 +122,7 @@ class Run:
 
     async def turn(self) -> None:
         idle = (await self.service.tell("start"))["idle"]
+        self.memory = []  # the chart shows the last turn
         watching = asyncio.ensure_future(self._watch(idle))
         try:
             latencies = await self.load.run(self.service, self.connected)
@@ -203,21 +206,22 @@ async def compare(
     gc.freeze()
     gc.disable()  # what this process does must not be seen in the latencies
     try:
-        if load.rounds > 1:
+        if not load.fresh:
             for run in runs:
                 await run.start(environments, python, others)
         for _ in range(load.rounds):
             turns = list(runs)
             order.shuffle(turns)
             for run in turns:
-                if load.rounds == 1:
+                if load.fresh:
                     await run.start(environments, python, others)
                 await run.turn()
-                if load.rounds == 1:
+                if load.fresh:
                     await run.stop()
                 gc.collect()
-        for run in runs:
-            await run.stop()
+        if not load.fresh:
+            for run in runs:
+                await run.stop()
     finally:
         gc.enable()
         gc.unfreeze()
@@ -248,7 +252,7 @@ async def main(
 ) -> List[Dict[str, Any]]:
     uploads, requests = Uploads(), Requests()
     if quick:
-        uploads = uploads._replace(number=600)
+        uploads = uploads._replace(number=600, rounds=1)
         requests = requests._replace(seconds=0.5, rounds=2)
     found = []
     for python in pythons:

@@ -89,8 +89,8 @@ def show(rows: List[Dict[str, Any]], objects: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--size", type=int, default=200, help="requests a batch")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--size", type=int, default=60, help="requests a batch")
     parser.add_argument("--objects", type=int, default=0, help="others kept alive")
     parser.add_argument("--kinds", nargs="+", choices=REQUESTS, default=list(REQUESTS))
     parser.add_argument("--processes", type=int, default=0, help="0: this one only")

@@ -91,7 +91,7 @@ def load_origin(part: Dict[str, Any], load: str) -> str:
             f"{of['number']:,} POSTs of {of['size'] // 1000} kB, {of['at_a_time']} at "
             f"a time, each read, held for {of['hold']} s and refused with "
             f"``web.HTTPBadRequest``: {of['at_a_time'] * of['size'] // 10**6} MB are "
-            "in flight. "
+            f"in flight. They come {of['rounds']} times, to a new process each. "
         )
     else:
         text = (
@@ -332,10 +332,11 @@ def targets(results: Dict[str, Any]) -> str:
         for each in results.get(part, {}).get("found", ()):
             ways = {(one["kind"], one["way"]): one for one in each["results"]}
             if each.get("objects"):
-                for way in ("cyclebreak()", "setup()"):
-                    value = ways["failure", way]["times bare"]
-                    what = f"failure, {way}, {where}, a million others: times bare"
-                    put(each, what, 1.0, value, ".2f")
+                for kind in ("failure", "failure with rows"):
+                    for way in ("cyclebreak()", "setup()"):
+                        value = ways[kind, way]["times bare"]
+                        what = f"{kind}, {way}, {where}, a million others: times bare"
+                        put(each, what, 1.0, value, ".2f")
                 continue
             own = ways["success", "cyclebreak()"]["more_us idle middleware"]
             what = f"success, cyclebreak(), {where}: µs more than idle"
@@ -346,9 +347,12 @@ def targets(results: Dict[str, Any]) -> str:
                 more = both - two["more_us idle middleware"]
                 what = f"success, setup(), {where}: µs more than two idle ones"
                 put(each, what, 1.5, more, "+.1f")
-            for way in ("cyclebreak()", "setup()"):
-                value = ways["failure", way]["times bare"]
-                put(each, f"failure, {way}, {where}: times bare", 1.08, value, ".2f")
+            for kind in ("failure", "failure with rows"):
+                for way in ("cyclebreak()", "setup()"):
+                    if (kind, way) in ways:
+                        value = ways[kind, way]["times bare"]
+                        what = f"{kind}, {way}, {where}: times bare"
+                        put(each, what, 1.08, value, ".2f")
     for name, groups in _by_load(results.get("load", {}).get("found", ())).items():
         if "kept" in name:
             continue  # which is another load than that of the limits

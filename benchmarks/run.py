@@ -51,9 +51,9 @@ async def overhead(
                     continue
                 options = ["--json", "--objects", str(objects)]
                 options += ["--processes", "1" if quick else "3"]
-                options += ["--rounds", "10" if quick else "15"]
+                options += ["--rounds", "20" if quick else "60"]
                 if objects:
-                    options += ["--kinds", "failure"]
+                    options += ["--kinds", "failure", "failure with rows"]
                 else:
                     path = environments.folder / f"pyperf-{python}-{aiohttp}.json"
                     options += ["--output", str(path)]
