@@ -35,16 +35,18 @@ from aiohttp import hdrs, web
 from . import internals
 from .calls import Calls
 from .internals import (
-    CONNECTIONS_KEEP_THEMSELVES,
     HANDLE_REQUEST,
     connection_of_response,
     connection_task,
+    has_gone_on,
 )
 from .options import BodyReleasedError, BreakEvent, Options
 from .sever import (
     COUNTS_ARE_EXACT,
     Cut,
     awaiting_frames,
+    cause_of,
+    context_of,
     detach,
     empty_with_callers,
     frames_of,
@@ -55,9 +57,9 @@ from .sever import (
     leads_on,
     local_values,
     owns_its_traceback,
-    owns_what_it_came_through,
     returns_of,
     sever,
+    traceback_of,
 )
 
 __all__ = (
@@ -68,6 +70,7 @@ __all__ = (
     "errors",
     "follow_calls",
     "follow_connection",
+    "hold",
     "kept_requests",
     "leave_alone",
     "note",
@@ -529,39 +532,63 @@ class _PutOff(_Reference):
 
     __slots__ = ("connection", "request")
 
-    connection: int  # the ids of its task and of the request
-    request: int
+    connection: int  # the id of its task
+    request: "ref[web.BaseRequest]"
 
     def sever(self, request: Optional[web.BaseRequest]) -> None:
-        """Sever it, if it is not of this request itself.
+        """Sever it, if the connection has gone on from its request.
 
         If nobody but aiohttp has it, then all of it goes by itself, once the frame of
         the request's task does not hold it.  Its traceback stays, since the count of
         references may be made up by somebody else.
 
         Args:
-            request: the one that the connection is at now; None: it has ended.
+            request: one that is to be handled now; None: the connection has ended.
         """
-        if self.request == id(request):  # the request is not over
+        raised_by = self.request()
+        if request is not None and not has_gone_on(raised_by, request):
             return
-        try:
-            del pending[self.connection]
-            exc = self()
-            if exc is None:
-                return
-            # The variable, the argument, that frame, and that of the connection's.
-            known = 3 if request is None else 4
-            if getrefcount(exc) == known and exc.__traceback__ is not None:
-                frame = exc.__traceback__.tb_frame
-                if frame.f_code is HANDLE_REQUEST and frame.f_lasti in _RETURNS:
-                    frame.clear()
-                    if getrefcount(exc) == known - 1:
-                        return
+        del pending[self.connection]
+        exc = self()
+        if exc is None:
+            return
+        # The variable, the argument, that frame, and that of the connection's.
+        known = 3 if request is None else 4
+        if getrefcount(exc) == known and owns_its_traceback(exc, HANDLE_REQUEST):
+            frame: Any = traceback_of(exc)
+            frame = frame.tb_frame
+            if frame.f_lasti in _RETURNS:
+                frame.clear()
+                if getrefcount(exc) == known - 1:
+                    return
+        connection = self._connection()
+        if connection is not None:
+            kept = [] if raised_by is None else internals.kept_exceptions(raised_by)
+            connection.sever_shared([exc, *kept])
+
+    def hold(self, exc: BaseException) -> None:
+        """Hold it by more than a weak reference, until it is severed or dropped."""
+        connection = self._connection()
+        if connection is not None:
+            connection.held = exc
+
+    def drop(self) -> bool:
+        """Let go of it, if nobody has it: it was swallowed, and is not the response.
+
+        Returns:
+            Whether all of it has gone.
+        """
+        exc = self()
+        if exc is not None:
+            # What holds it, the variable, the argument.
+            if getrefcount(exc) != 3 or not owns_its_traceback(exc):
+                return False
             connection = self._connection()
-            if connection is not None:
-                connection.sever_shared(exc)
-        except Exception:
-            _complain("severing what was put off")
+            if connection is None or connection.held is not exc:
+                return False
+            connection.held = None
+        del pending[self.connection]
+        return True
 
     def is_being_answered(self) -> bool:
         """Whether the connection waits for the task of that request still."""
@@ -590,6 +617,7 @@ class _Connection:
         "unread",
         "later",
         "following",
+        "held",
         "key",
         "reference",
         "task",
@@ -606,12 +634,15 @@ class _Connection:
         # Exceptions that somebody had in hand, and whether to clear their frames.
         self.later: Dict[int, Tuple[BaseException, bool]] = {}
         self.following = 0  # requests by a callback of their task
+        # What is put off, as long as it is on its way out.
+        self.held: Optional[BaseException] = None
         self.task = ref(task)
         self.reference = ref(self, partial(_forget_connection, self.key))
 
-    def sever_shared(self, exc: BaseException) -> None:
-        """Sever what was put off, and somebody else has too."""
-        sorted_out = _sort_out([exc], lambda exc: False, _InUse())
+    def sever_shared(self, exceptions: List[BaseException]) -> None:
+        """Sever what nobody has noted, and somebody has but aiohttp."""
+        self.held = None
+        sorted_out = _sort_out(exceptions, lambda exc: False, _InUse())
         for _, own in sorted_out.ready:
             sever(own, spare=sorted_out.spare)
         for exc in sorted_out.in_flight:
@@ -640,7 +671,7 @@ class _Connection:
         finally:
             connections.pop(self.key, None)
             pending.pop(self.key, None)
-            self.coroutine = self.frame = None
+            self.coroutine = self.frame = self.held = None
             self.errors = []
             self.unread = None
             self.later = {}
@@ -924,9 +955,15 @@ def _follow(request: web.BaseRequest, options: Optional[Options]) -> Optional[_R
         if connection is not None:
             connection.following += 1
             put_off = pending.get(connection.key)
-            if put_off is not None and internals.is_current(request, put_off.request):
+            raised_by = None if put_off is None else put_off.request()
+            if (
+                put_off is not None
+                and raised_by is not None
+                and internals.is_same(raised_by, request)
+            ):
                 del pending[connection.key]
                 exc = put_off()
+                connection.held = None
                 if exc is not None:
                     followed.note(exc)
     if options is not None and not any(each is options for each in followed.options):
@@ -959,38 +996,49 @@ def note_last(
     """As :func:`note`, perhaps as the last one, outside of which there is only aiohttp.
 
     Then it is the response, and nobody else has most of those.  A callback for each
-    would cost more than all the rest.
+    would cost more than all the rest.  Who asks further inside has to :func:`hold` it.
 
     Args:
         request: as for :func:`note`.
         exc: as for :func:`note`.
         options: as for :func:`note`.
-        middleware: who asks; None: all middlewares are inside.
+        middleware: the last one; None: it is outside of all middlewares.
     """
     try:
-        if (
-            getrefcount(exc) == _UNSHARED
-            and options.are_silent
-            and not calls_are_followed
-            and exc.__cause__ is None
-            and exc.__context__ is None
-        ):
+        if options.are_silent and not calls_are_followed:
             task = connection_of_response(request, exc, middleware)
-            if task is not None and owns_what_it_came_through(exc):
+            if task is not None and cause_of(exc) is None and context_of(exc) is None:
                 key = id(task)
                 found = connections.get(key)
                 connection = None if found is None else found()
                 if connection is None:
                     connection = follow_connection(task)
                 if connection is not None and not connection.following:
-                    if key not in pending:
-                        put_off = pending[key] = _PutOff(exc)
-                        put_off.connection = key
-                        put_off.request = id(request)
-                        return
+                    put_off = pending.get(key)
+                    if put_off is None or connection.held is exc:
+                        connection.held = None
+                        if getrefcount(exc) == _UNSHARED:
+                            if put_off is None:
+                                put_off = pending[key] = _PutOff(exc)
+                                put_off.connection = key
+                                put_off.request = ref(request)
+                            return
     except Exception:
         _complain("putting off an exception")
     note(request, exc, options)
+
+
+def hold(request: web.BaseRequest, exc: BaseException) -> None:
+    """Hold what was put off further inside, until the last one sees what became of it.
+
+    Who swallows it on its way may keep a cycle in a frame that it came through.
+    """
+    try:
+        put_off = pending.get(id(connection_task(request)))
+        if put_off is not None and put_off() is exc:
+            put_off.hold(exc)
+    except Exception:
+        _complain("holding an exception")
 
 
 def _count_references(exc: BaseException) -> int:
@@ -1041,14 +1089,16 @@ def passed(
 
     This runs for every request that succeeds, and most keep nothing: no body that
     could be read too late, nothing that the application stored, a route, and a
-    response that is no websocket.  Where a connection has to be severed itself, it is
-    followed from its first request.
+    response that is no websocket.  A connection is followed from its first request.
     """
     try:
-        if CONNECTIONS_KEEP_THEMSELVES:
-            follow_connection(request.task)
+        follow_connection(request.task)
         if not internals.keeps_nothing(request):
             _follow(request, options)
+        elif pending:
+            put_off = pending.get(id(connection_task(request)))
+            if put_off is not None and not put_off.drop():
+                _follow(request, options)
         # isinstance() is asked last: the class is abstract, which makes it slow.
         if type(response) is not web.Response:
             error: Any = response  # an HTTPException that was caught and returned

@@ -11,7 +11,6 @@ import re
 import sys
 from collections import deque
 from functools import partial
-from operator import attrgetter
 from types import CodeType, FrameType
 from typing import Any, Callable, Iterator, List, Optional, Tuple, Type
 from weakref import WeakValueDictionary
@@ -24,7 +23,6 @@ from aiohttp.web_urldispatcher import SystemRoute
 from .sever import frames_of, is_exception
 
 __all__ = (
-    "CONNECTIONS_KEEP_THEMSELVES",
     "HANDLE_REQUEST",
     "KEEPS_FIRST_ATTEMPTS",
     "GuardedProtocol",
@@ -40,6 +38,7 @@ __all__ = (
     "follow_websockets",
     "forget_missing_route",
     "guard_connections",
+    "has_gone_on",
     "has_middlewares",
     "has_request",
     "is_awaited",
@@ -59,15 +58,12 @@ __all__ = (
     "request_task",
     "response_of",
     "run_middlewares",
+    "runs_in_own_task",
     "subapps",
 )
 
 
 _VERSION = tuple(int(part) for part in re.findall(r"\d+", aiohttp.__version__)[:3])
-
-# Whether a connection whose requests all succeed keeps the last one, once it has ended:
-# its task was a local of its own frame, see aiohttp issue #10548.
-CONNECTIONS_KEEP_THEMSELVES = _VERSION < (3, 11, 14)
 
 # The code of a request's task.  Its frame is the outermost in the traceback of what
 # came out of all middlewares; its local ``resp`` is what was raised as the response.
@@ -108,6 +104,21 @@ def request_task(request: web.BaseRequest) -> "Optional[asyncio.Task[Any]]":
         return None
     waiting_for = getattr(connection, "_fut_waiter", None)
     return waiting_for if isinstance(waiting_for, asyncio.Task) else None
+
+
+def runs_in_own_task(request: web.BaseRequest) -> bool:
+    """Whether what runs now is the task that aiohttp made for a request.
+
+    aiohttp: as :func:`request_task`.
+    """
+    try:
+        current = asyncio.current_task()
+    except RuntimeError:
+        return False  # the coroutine is thrown away
+    if current is None or HANDLE_REQUEST is None:
+        return False
+    code = getattr(current.get_coro(), "cr_code", None)
+    return code is HANDLE_REQUEST and is_current(request)
 
 
 def is_awaited(request: web.BaseRequest, task: "asyncio.Future[Any]") -> bool:
@@ -168,11 +179,15 @@ def release_websocket(
     response._req = None
 
 
-# The task of a request's connection; this runs for every request.
-# aiohttp: ``BaseRequest._task``, 3.8 to 3.14; without it the property is asked.
-connection_task: Callable[[web.BaseRequest], Any] = attrgetter(
-    "_task" if "_task" in getattr(web.BaseRequest, "ATTRS", ()) else "task"
-)
+def connection_task(request: Any) -> Any:
+    """The task of a request's connection; None: it has none, or is none of aiohttp's.
+
+    aiohttp: ``BaseRequest._task``, 3.8 to 3.14.  Without it the property is asked.
+    """
+    try:
+        return request._task
+    except AttributeError:
+        return getattr(request, "task", None)
 
 
 def connection_frame(task: "asyncio.Task[Any]") -> Optional[FrameType]:
@@ -217,18 +232,18 @@ def connection_of_response(
 ) -> "Optional[asyncio.Task[Any]]":
     """The connection's task, if an exception will be the response of a plain request.
 
-    That is one which keeps nothing, asks for no websocket, and has no other middleware
-    outside of this one.
+    That is one which keeps nothing, asks for no websocket, and is the one that is being
+    handled, no clone of it.
 
-    aiohttp: as :func:`keeps_nothing`, ``BaseRequest._headers`` and ``._task``,
-    ``UrlMappingMatchInfo._apps``, ``Application._middlewares``, and
-    ``__http_exception__``, by which aiohttp itself knows an ``HTTPException``, 3.8 to
-    3.14.
+    aiohttp: as :func:`keeps_nothing`, ``BaseRequest._headers``, ``._protocol`` and
+    ``._task``, ``RequestHandler._current_request``, ``UrlMappingMatchInfo._apps``,
+    ``Application._middlewares``, and ``__http_exception__``, by which aiohttp itself
+    knows an ``HTTPException``, 3.8 to 3.14.
 
     Args:
         request: the request.
         exc: what has been raised.
-        middleware: the middleware; None: all of them are inside.
+        middleware: the outermost one; None: none of them has to be.
 
     Returns:
         The task; None when there is more to look at.
@@ -240,6 +255,7 @@ def connection_of_response(
             and request._payload is EMPTY_PAYLOAD
             and not request._state
             and type(match_info) is _MatchInfo
+            and request._protocol._current_request is request
             and _UPGRADE not in request._headers
             and (
                 middleware is None or match_info._apps[0]._middlewares[0] is middleware
@@ -259,20 +275,37 @@ def is_same(request: Any, other: Any) -> bool:
     return request.writer is other.writer
 
 
-def is_current(request: web.BaseRequest, number: Optional[int] = None) -> bool:
+def is_current(request: web.BaseRequest) -> bool:
     """Whether a request's connection is at this request, and its handler is running.
 
     aiohttp: ``RequestHandler._current_request``, 3.8 to 3.14.  Without it the answer
     is no.
-
-    Args:
-        request: the request, or a clone of it.
-        number: the id that the request itself has to have.
     """
     current = getattr(request.protocol, "_current_request", None)
-    if current is None or (number is not None and id(current) != number):
+    return current is request or (current is not None and is_same(current, request))
+
+
+def has_gone_on(earlier: Any, request: Any) -> bool:
+    """Whether a connection is at this request, and done with an earlier one.
+
+    aiohttp: ``RequestHandler._current_request``, ``BaseRequest._protocol`` and
+    ``._payload_writer``, which clones share, 3.8 to 3.14.  Without them the answer is
+    no.
+
+    Args:
+        earlier: the earlier one; None: it is gone.
+        request: a request, or a clone of it.
+    """
+    try:
+        current = request._protocol._current_request
+        if current is request:
+            return earlier is not request
+        writer = request._payload_writer
+        if current is None or current._payload_writer is not writer:
+            return False
+        return earlier is None or earlier._payload_writer is not writer
+    except AttributeError:
         return False
-    return current is request or is_same(current, request)
 
 
 def is_being_answered(task: "Optional[asyncio.Task[Any]]") -> bool:

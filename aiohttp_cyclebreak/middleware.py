@@ -8,12 +8,8 @@ from weakref import WeakSet
 from aiohttp import web
 
 from . import guard, internals
-from .guard import begin, connections, note, note_last, passed, pending
-from .internals import (
-    CONNECTIONS_KEEP_THEMSELVES,
-    connection_of_plain,
-    connection_task,
-)
+from .guard import begin, connections, hold, note, note_last, passed, pending
+from .internals import connection_of_plain
 from .options import BreakEvent, Options, make_options, switched_off
 from .radar import Radar, Watch, watch_application, watch_of
 
@@ -144,7 +140,7 @@ def setup(
         options = replace(options, listener=watch.counts.count)
         outermost = _make_watching_layer(options, watch.add)
         watch_application(app, outermost, watch)
-    innermost = _make_inner_layer(options)
+    innermost = _make_inner_layer(options, outermost)
     _ends.add(outermost)
     app.middlewares.insert(0, outermost)
     app.middlewares.append(innermost)
@@ -178,25 +174,22 @@ def _make_layer(options: Options) -> "Middleware":
     async def cyclebreak_middleware(
         request: web.Request, handler: "Handler"
     ) -> web.StreamResponse:
-        if pending:
-            put_off = pending.get(id(connection_task(request)))
-            if put_off is not None:
-                put_off.sever(request)
         calls_are_followed = guard.calls_are_followed
-        if calls_are_followed:
+        if pending or calls_are_followed:
             begin(request, options)
         try:
             response = await handler(request)
         except BaseException as exc:
             note_last(request, exc, options, cyclebreak_middleware)
             raise
-        # Most keep nothing, on a connection that is followed where it has to be: this
-        # is all that they pay for.
+        # Most keep nothing, on a connection that is followed already: this is all that
+        # they pay for.
         task = connection_of_plain(request, response)
         if (
             task is None
             or calls_are_followed
-            or (CONNECTIONS_KEEP_THEMSELVES and id(task) not in connections)
+            or id(task) not in connections
+            or (pending and id(task) in pending)
         ):
             passed(request, response, options)
         return response
@@ -224,7 +217,7 @@ def _make_watching_layer(
     return cyclebreak_middleware
 
 
-def _make_inner_layer(options: Options) -> "Middleware":
+def _make_inner_layer(options: Options, outermost: "Middleware") -> "Middleware":
     # Below another layer that looks at what was returned, at its own cost.
     @web.middleware
     async def cyclebreak_middleware(
@@ -233,7 +226,12 @@ def _make_inner_layer(options: Options) -> "Middleware":
         try:
             return await handler(request)
         except BaseException as exc:
-            note(request, exc, options)
+            # In a task of its own, the last one may be through with the request.
+            if internals.runs_in_own_task(request):
+                note_last(request, exc, options, outermost)
+                hold(request, exc)
+            else:
+                note(request, exc, options)
             raise
 
     return cyclebreak_middleware

@@ -10,6 +10,7 @@ from . import internals
 from .guard import (
     begin,
     follow_connection,
+    hold,
     note,
     note_last,
     note_parser_error,
@@ -127,7 +128,11 @@ def _guard_inside(app: web.Application, options: Options) -> None:
         except BaseException as exc:
             # The application may be served by another runner too.
             if isinstance(request.protocol, internals.GuardedProtocol):
-                note(request, exc, options)
+                if internals.runs_in_own_task(request):
+                    note_last(request, exc, options, None)
+                    hold(request, exc)
+                else:
+                    note(request, exc, options)
             raise
 
     for each in (app, *internals.subapps(app)):

@@ -43,7 +43,6 @@ __all__ = (
     "is_finished",
     "leads_on",
     "owns_its_traceback",
-    "owns_what_it_came_through",
     "returns_of",
     "sever",
     "traceback_of",
@@ -480,30 +479,6 @@ def owns_its_traceback(exc: BaseException, code: Optional[CodeType] = None) -> b
         outer = inner
         traceback = traceback.tb_next
     return inner is None or count(inner) == 4  # of two variables
-
-
-def owns_what_it_came_through(exc: BaseException) -> bool:
-    """As :func:`owns_its_traceback`, while it goes on through the frame that asks.
-
-    That frame, which is the outermost yet, and those that have called it are not
-    looked at: what holds one of them comes to it by a frame that it has called.
-    """
-    traceback = exc.__traceback__
-    if traceback is None:
-        return False
-    count = sys.getrefcount
-    traceback = traceback.tb_next
-    inner = outer = None
-    while traceback is not None:
-        # As there.
-        if count(traceback) != 3:
-            return False
-        inner = traceback.tb_frame
-        if outer is not None and count(outer) != 3 + (inner.f_back is outer):
-            return False
-        outer = inner
-        traceback = traceback.tb_next
-    return inner is None or count(inner) == 4
 
 
 def detach(exc: BaseException) -> None:

@@ -41,6 +41,15 @@ async def idle(request: web.Request, handler: Any) -> web.StreamResponse:
 
 
 @web.middleware
+async def swallows(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Make a page of an error, as many an application does."""
+    try:
+        return await handler(request)
+    except web.HTTPException as exc:
+        return web.Response(status=exc.status)
+
+
+@web.middleware
 async def calls_back(request: web.Request, handler: Any) -> web.StreamResponse:
     """Follow every request to the end of its task, as the first sketch did."""
     task = asyncio.current_task()
@@ -65,7 +74,15 @@ GUARDS: Dict[str, Callable[[web.Application], Any]] = {
     "setup()": setup,
     "guard_server()": lambda app: None,
 }
+AROUND: Dict[str, Callable[[web.Application], Any]] = {
+    "setup() around idle": lambda app: (middlewares(idle)(app), setup(app)),
+    "guard_server() around idle": middlewares(idle),
+    "setup() around one that swallows": (
+        lambda app: (middlewares(swallows)(app), setup(app))
+    ),
+}
 WAYS = {
+    **AROUND,
     "bare": middlewares(),
     "idle": middlewares(idle),
     "calls back": middlewares(calls_back),
@@ -105,7 +122,7 @@ async def serving(way: str, callbacks: Any = None) -> AsyncIterator[Service]:
     WAYS[way](app)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    if way == "guard_server()":
+    if way.startswith("guard_server()"):
         guard_server(runner)
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -153,7 +170,7 @@ def test_a_successful_request_gets_no_callback(way):
     assert callbacks_of(way).of_requests == callbacks_of("bare").of_requests
 
 
-@pytest.mark.parametrize("way", GUARDS)
+@pytest.mark.parametrize("way", [*GUARDS, *AROUND])
 def test_a_plain_failure_gets_no_callback(way, monkeypatch):
     """Nor is it walked through, where nobody but aiohttp has it."""
     walked = []

@@ -1,13 +1,14 @@
 """Exceptions that are left to the connection: to its next request, or its end."""
 
 import asyncio
+import contextlib
 import traceback
 from typing import Any, Callable, Dict, List
 
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import cyclebreak, guard_server, setup
+from aiohttp_cyclebreak import cyclebreak, guard, guard_server, setup
 
 from .service import LOOPS, Client, alive, no_collector, run, serve, spin
 
@@ -47,6 +48,12 @@ def has_local(exc: BaseException, function: str, name: str) -> bool:
     )
 
 
+def nothing_is_held() -> bool:
+    """Whether no connection holds what was on its way out of a request."""
+    found = [each() for each in list(guard.connections.values())]
+    return all(each is None or each.held is None for each in found)
+
+
 async def ask(client: Client, path: str) -> int:
     if path == "POST":
         await client.post("/", b"body")
@@ -68,10 +75,10 @@ def test_an_open_connection_keeps_its_last_requests_only(
 ) -> None:
     """Whatever the next request is; bare, each that was refused waits."""
 
-    async def main(guard: Guard) -> List[int]:
+    async def main(install: Guard) -> List[int]:
         left = []
         app = application()
-        guard(app)
+        install(app)
         async with serve(app) as service:
             client = await service.connect()
             await ask(client, "/")
@@ -127,13 +134,12 @@ def test_the_end_of_the_connection_is_the_latest(
     assert run(main(True), loop) == 0
 
 
-@pytest.mark.parametrize(
-    "guard", ["appended", "setup"]
-)  # one that is outside sees none
+# One that is outside sees none.
+@pytest.mark.parametrize("api", ["appended", "setup"])
 @pytest.mark.parametrize("held", [1, 2, 3])
 @pytest.mark.parametrize("swallowed", [True, False])
 def test_who_holds_the_exception_prints_all_of_it(
-    swallowed: bool, held: int, guard: str
+    swallowed: bool, held: int, api: str
 ) -> None:
     """Also where the references are as many as those that aiohttp has itself."""
     kept: List[BaseException] = []
@@ -153,13 +159,15 @@ def test_who_holds_the_exception_prints_all_of_it(
 
     async def main() -> None:
         app = application(keep)
-        GUARDS[guard](app)
+        GUARDS[api](app)
         async with serve(app) as service:
             client = await service.connect()
             for path in ("/refuse/1", "/", "/"):
                 await ask(client, path)
                 await spin()
                 assert line_is_there()
+                assert nothing_is_held()
+                assert not guard.pending or not swallowed
             client.close()
             await service.settle()
 
@@ -251,6 +259,42 @@ def test_an_exception_that_is_shared_only_later_is_left_whole() -> None:
     assert reported == [True]
 
 
+@pytest.mark.parametrize("api", GUARDS)
+def test_a_cause_that_somebody_keeps_lets_the_request_go(api: str) -> None:
+    """It came through frames of another task, which the response's own do not show."""
+    kept: List[Any] = []
+
+    async def look_up(request: web.Request) -> None:
+        raise LookupError("not there")
+
+    async def fail(request: web.Request) -> web.Response:
+        task = asyncio.ensure_future(look_up(request))
+        await asyncio.wait([task])
+        cause = task.exception()
+        del task
+        kept.append(cause)
+        try:
+            raise web.HTTPBadGateway from cause
+        finally:
+            del cause
+
+    async def main(install: Guard) -> int:
+        app = application()
+        app.router.add_get("/fail", fail)
+        install(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                for _ in range(3):
+                    assert (await service.ask("/fail"))[0] == 502
+                    await service.settle()
+            return len(alive()) - before
+
+    assert run(main(lambda app: None)) == 3
+    kept.clear()
+    assert run(main(GUARDS[api])) == 0
+
+
 def test_who_has_an_exception_by_two_roots_takes_it_from_no_other() -> None:
     """Both ends of setup() see it; the request that goes on reports it whole."""
     outage = LookupError("for all")
@@ -298,6 +342,243 @@ def test_who_has_an_exception_by_two_roots_takes_it_from_no_other() -> None:
     assert reported == [True]
 
 
+@pytest.mark.parametrize("api", GUARDS)
+def test_who_dispatches_clones_reports_each_of_them_whole(api: str) -> None:
+    """A clone is no next request, and what it raises is no response yet."""
+    reported: List[bool] = []
+
+    async def fail(exc: List[BaseException], request: web.Request) -> None:
+        try:
+            await request.app._handle(request)
+        except web.HTTPException as failed:
+            exc.append(failed.with_traceback(failed.__traceback__.tb_next))  # type: ignore[union-attr]
+
+    async def batch(request: web.Request) -> web.Response:
+        failed: List[BaseException] = []
+        for number in range(3):
+            await fail(failed, request.clone(rel_url=f"/refuse/{number}"))
+            await asyncio.sleep(0)
+        reported.extend(has_local(exc, "refuse", "marker") for exc in failed)
+        return web.Response(text="ok")
+
+    async def main() -> int:
+        app = application()
+        app.router.add_get("/batch", batch)
+        GUARDS[api](app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                client = await service.connect()
+                assert await ask(client, "/refuse/1") == 400
+                assert await ask(client, "/batch") == 200
+                client.close()
+                await service.settle()
+            return len(alive()) - before
+
+    assert run(main()) == 0
+    assert reported == [True] * 3
+
+
+@pytest.mark.parametrize("api", GUARDS)
+def test_a_clone_of_an_earlier_request_ends_no_other(api: str) -> None:
+    """It comes in a background task while the connection's next one is answered."""
+    answering: List[asyncio.Event] = []
+    tasks: List[Any] = []
+    left: List[int] = []
+
+    async def wait(request: web.Request, response: web.StreamResponse) -> None:
+        if answering:
+            answering[0].set()
+            await answering[1].wait()
+
+    async def dispatch(request: web.Request) -> None:
+        await answering[0].wait()
+        with contextlib.suppress(web.HTTPException):
+            await request.app._handle(request.clone(rel_url="/refuse/1"))
+        answering[1].set()
+
+    async def start(request: web.Request) -> web.Response:
+        answering[:] = [asyncio.Event(), asyncio.Event()]
+        tasks.append(asyncio.ensure_future(dispatch(request)))
+        raise web.HTTPBadRequest
+
+    async def main(install: Guard) -> List[int]:
+        left.clear()
+        app = application()
+        app.router.add_get("/start", start)
+        app.on_response_prepare.append(wait)
+        install(app)
+        async with serve(app) as service:
+            client = await service.connect()
+            with no_collector():
+                for _ in range(4):
+                    assert await ask(client, "/start") == 400
+                    answering.clear()
+                    tasks.clear()
+                    await spin()
+                    left.append(len(alive()))
+            client.close()
+            await service.settle()
+        return left
+
+    bare = list(run(main(lambda app: None)))
+    assert bare[-1] == bare[0] + 3
+    guarded = run(main(GUARDS[api]))
+    assert guarded[-1] == guarded[0]
+
+
+class Facade:
+    """What a middleware hands on in place of a request: what is public of it."""
+
+    def __init__(self, request: web.Request) -> None:
+        self.__dict__["of"] = request
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.of, name)
+
+
+def test_a_wrapped_request_is_answered_whatever_others_do() -> None:
+    """It has no private attributes; another connection's failure is pending."""
+
+    @web.middleware
+    async def wrap(request: web.Request, handler: Any) -> web.StreamResponse:
+        return await handler(  # type: ignore[no-any-return]
+            Facade(request) if request.path == "/" else request
+        )
+
+    async def main() -> None:
+        app = application(wrap, cyclebreak())
+        setup(app)
+        async with serve(app) as service:
+            first = await service.connect()
+            assert await ask(first, "/refuse/1") == 400
+            second = await service.connect()
+            assert await ask(second, "/") == 200
+            first.close()
+            second.close()
+            await service.settle()
+
+    run(main())
+
+
+async def keep_traceback(request: web.Request, response: Any) -> None:
+    request["kept"] = response.__traceback__
+
+
+async def keep_frames(request: web.Request, response: Any) -> None:
+    request["kept"] = [frame for frame, _ in traceback.walk_tb(response.__traceback__)]
+
+
+async def keep_another(request: web.Request, response: Any) -> None:
+    try:
+        raise LookupError("while the response is prepared")
+    except LookupError as exc:
+        request["kept"] = exc
+
+
+@pytest.mark.parametrize("api", GUARDS)
+@pytest.mark.parametrize("keep", [keep_traceback, keep_frames, keep_another])
+def test_what_is_kept_of_it_later_keeps_nothing(keep: Any, api: str) -> None:
+    """Nothing but the response leads to it when the middlewares are done with it."""
+
+    async def main(install: Guard) -> int:
+        app = application()
+        app.on_response_prepare.append(keep)
+        install(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                for _ in range(3):
+                    assert (await service.ask("/refuse/1"))[0] == 400
+                    await service.settle()
+            return len(alive()) - before
+
+    assert run(main(lambda app: None)) == 3
+    assert run(main(GUARDS[api])) == 0
+
+
+@pytest.mark.parametrize("api", GUARDS)
+def test_an_answer_that_fails_keeps_nothing(api: str) -> None:
+    """The request has succeeded; what fails comes after all middlewares."""
+
+    async def fail(request: web.Request, response: web.StreamResponse) -> None:
+        raise LookupError("while the response is prepared")
+
+    async def main(install: Guard) -> int:
+        app = application()
+        app.on_response_prepare.append(fail)
+        install(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                for _ in range(3):
+                    client = await service.connect()
+                    await client.get("/")
+                    await spin()
+                    client.close()
+                    await service.settle()
+            return len(alive()) - before
+
+    assert run(main(lambda app: None)) == 3
+    assert run(main(GUARDS[api])) == 0
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("api", ["setup", "guard_server"])
+def test_a_handler_that_outlives_its_request_is_not_held(api: str, loop: str) -> None:
+    """A middleware gave up on it; nobody outside sees what it raises in the end."""
+    started: List[asyncio.Event] = []
+    tasks: List[Any] = []
+
+    @web.middleware
+    async def gives_up(request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.path != "/late":
+            return await handler(request)  # type: ignore[no-any-return]
+        task = asyncio.ensure_future(handler(request))
+        tasks.append(task)
+        try:
+            return await asyncio.wait_for(asyncio.shield(task), 0)
+        except asyncio.TimeoutError:
+            return web.Response(status=503)
+
+    async def late(request: web.Request) -> web.Response:
+        await started[0].wait()
+        raise web.HTTPBadRequest
+
+    async def main() -> int:
+        app = application(gives_up)
+        app.router.add_get("/late", late)
+        if api == "setup":
+            setup(app)
+        runner = web.AppRunner(app)
+        with no_collector():
+            await runner.setup()
+            if api == "guard_server":
+                guard_server(runner)
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            before = len(alive())
+            started.append(asyncio.Event())
+            client = await Client.open(runner.addresses[0][1])
+            assert await ask(client, "/late") == 503
+            started[0].set()
+            await asyncio.wait(tasks)
+            assert isinstance(tasks.pop().exception(), web.HTTPBadRequest)
+            await spin()
+            assert not guard.pending
+            assert nothing_is_held()
+            assert await ask(client, "/missing") == 404
+            await spin()
+            left = len(alive()) - before
+            client.close()
+            await runner.cleanup()
+            return left
+
+    assert run(main(), loop) <= 1
+
+
 @web.middleware
 async def keeps_another(request: web.Request, handler: Any) -> web.StreamResponse:
     """Keep a cycle of its own, in a frame that the first exception came through."""
@@ -326,23 +607,28 @@ async def stores_another(request: web.Request, handler: Any) -> web.StreamRespon
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("guard", ["appended", "setup"])
+@pytest.mark.parametrize("api", ["appended", "setup"])
 @pytest.mark.parametrize("swallows", [keeps_another, stores_another])
 def test_what_is_swallowed_is_followed_to_the_end(
-    swallows: Any, guard: str, loop: str
+    swallows: Any, api: str, loop: str
 ) -> None:
     """It is no response, and so the connection has nothing of it."""
 
-    async def main(guard: Guard) -> int:
+    async def main(install: Guard) -> int:
         app = application(swallows)
-        guard(app)
+        install(app)
         with no_collector():
             before = len(alive())
             async with serve(app) as service:
                 for _ in range(5):
-                    assert (await service.ask("/refuse/1"))[0] == 500
+                    client = await service.connect()
+                    assert await ask(client, "/refuse/1") == 500
+                    await spin()
+                    assert nothing_is_held()
+                    assert not guard.pending
+                    client.close()
                     await service.settle()
             return len(alive()) - before
 
     assert run(main(lambda app: None), loop) == 5
-    assert run(main(GUARDS[guard]), loop) == 0
+    assert run(main(GUARDS[api]), loop) == 0
