@@ -24,6 +24,7 @@ WAYS: Dict[str, Callable[[web.Application], Any]] = {
     "cyclebreak()": lambda app: app.middlewares.append(cyclebreak()),
     "cyclebreak() below idle": lambda app: app.middlewares.extend([idle, cyclebreak()]),
     "setup()": setup,
+    "setup() around idle": lambda app: (app.middlewares.append(idle), setup(app)),
     "guard_server()": lambda app: None,
     "release_body": lambda app: setup(app, release_body=True),
     "radar": lambda app: setup(app, radar=Radar()),

@@ -444,21 +444,19 @@ def test_a_wrapped_request_is_answered_whatever_others_do() -> None:
 
     @web.middleware
     async def wrap(request: web.Request, handler: Any) -> web.StreamResponse:
-        return await handler(  # type: ignore[no-any-return]
-            Facade(request) if request.path == "/" else request
-        )
+        return await handler(Facade(request))  # type: ignore[no-any-return]
 
     async def main() -> None:
-        app = application(wrap, cyclebreak())
-        setup(app)
-        async with serve(app) as service:
-            first = await service.connect()
-            assert await ask(first, "/refuse/1") == 400
-            second = await service.connect()
-            assert await ask(second, "/") == 200
-            first.close()
-            second.close()
-            await service.settle()
+        fails = application()
+        setup(fails)
+        async with serve(fails) as one, serve(application(wrap, cyclebreak())) as other:
+            client = await one.connect()
+            assert await ask(client, "/refuse/1") == 400
+            assert guard.pending
+            assert await other.ask("/") == (200, "ok")
+            client.close()
+            await one.settle()
+            await other.settle()
 
     run(main())
 
