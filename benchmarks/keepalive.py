@@ -19,6 +19,7 @@ WAYS = (
     "two idle ones",
     "cyclebreak()",
     "setup()",
+    "setup() around idle",
     "guard_server()",
 )
 KINDS = ("success", "failure")
