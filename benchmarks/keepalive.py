@@ -38,8 +38,9 @@ async def measure(
         loads = {
             way: await Load.connect(service.ports[way], connections) for way in WAYS
         }
-        for number in range(rounds + 1):
-            for kind in KINDS:
+        # All of one kind first: a failure is severed by the connection's next request.
+        for kind in KINDS:
+            for number in range(rounds + 1):
                 for way in order.sample(WAYS, len(WAYS)):
                     before = (await service.tell("cpu"))["cpu"]
                     await loads[way].batch(kind, size)
