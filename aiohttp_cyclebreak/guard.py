@@ -555,8 +555,8 @@ class _PutOff(_Reference):
         # The variable, the argument, that frame, and that of the connection's.
         known = 3 if request is None else 4
         if getrefcount(exc) == known and owns_its_traceback(exc, HANDLE_REQUEST):
-            frame: Any = traceback_of(exc)
-            frame = frame.tb_frame
+            entry: Any = traceback_of(exc)
+            frame = entry.tb_frame
             if frame.f_lasti in _RETURNS:
                 frame.clear()
                 if getrefcount(exc) == known - 1:

@@ -192,6 +192,7 @@ def test_a_connection_gets_no_more_callbacks_than_one(way):
 # --- what outlives a request ----------------------------------------------------
 
 NUMBER = 100
+WINDOWS = 8  # free lists and caches fill for a while
 
 
 def kept(count: Callable[[], int], way: str) -> int:
@@ -200,13 +201,15 @@ def kept(count: Callable[[], int], way: str) -> int:
     The fewest of several times: what is kept of each request is there every time,
     and a cache that is filled is not.
     """
-    found = array("q", [0] * 4)  # a list would keep each number, which is counted too
+    found = array(
+        "q", [0] * WINDOWS
+    )  # a list would keep each number, which is counted too
 
     async def main() -> None:
         async with serving(way) as service:
             client = await service.connect()
             await ask(client, 50)
-            for window in range(4):
+            for window in range(WINDOWS):
                 found[window] = count()
                 await ask(client, NUMBER)
             client.close()
@@ -254,7 +257,7 @@ def test_nothing_of_ours_outlives_a_successful_request(way):
 @pytest.mark.parametrize("way", ["bare", *GUARDS])
 def test_no_block_outlives_a_successful_request(way):
     """Nor is there one a request that somebody else allocated."""
-    assert kept(sys.getallocatedblocks, way) < NUMBER / 2
+    assert kept(sys.getallocatedblocks, way) < NUMBER / 10
 
 
 # --- what grows -----------------------------------------------------------------

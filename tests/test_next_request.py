@@ -63,6 +63,20 @@ async def ask(client: Client, path: str) -> int:
     return status
 
 
+async def left_by(prepare: Guard, path: str, status: int, install: Guard) -> int:
+    """How many requests are left of three, each on a connection of its own."""
+    app = application()
+    prepare(app)
+    install(app)
+    with no_collector():
+        before = len(alive())
+        async with serve(app) as service:
+            for _ in range(3):
+                assert (await service.ask(path))[0] == status
+                await service.settle()
+        return len(alive()) - before
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize(
@@ -278,21 +292,12 @@ def test_a_cause_that_somebody_keeps_lets_the_request_go(api: str) -> None:
         finally:
             del cause
 
-    async def main(install: Guard) -> int:
-        app = application()
+    def prepare(app: web.Application) -> None:
         app.router.add_get("/fail", fail)
-        install(app)
-        with no_collector():
-            before = len(alive())
-            async with serve(app) as service:
-                for _ in range(3):
-                    assert (await service.ask("/fail"))[0] == 502
-                    await service.settle()
-            return len(alive()) - before
 
-    assert run(main(lambda app: None)) == 3
+    assert run(left_by(prepare, "/fail", 502, lambda app: None)) == 3
     kept.clear()
-    assert run(main(GUARDS[api])) == 0
+    assert run(left_by(prepare, "/fail", 502, GUARDS[api])) == 0
 
 
 def test_who_has_an_exception_by_two_roots_takes_it_from_no_other() -> None:
@@ -481,20 +486,11 @@ async def keep_another(request: web.Request, response: Any) -> None:
 def test_what_is_kept_of_it_later_keeps_nothing(keep: Any, api: str) -> None:
     """Nothing but the response leads to it when the middlewares are done with it."""
 
-    async def main(install: Guard) -> int:
-        app = application()
+    def prepare(app: web.Application) -> None:
         app.on_response_prepare.append(keep)
-        install(app)
-        with no_collector():
-            before = len(alive())
-            async with serve(app) as service:
-                for _ in range(3):
-                    assert (await service.ask("/refuse/1"))[0] == 400
-                    await service.settle()
-            return len(alive()) - before
 
-    assert run(main(lambda app: None)) == 3
-    assert run(main(GUARDS[api])) == 0
+    assert run(left_by(prepare, "/refuse/1", 400, lambda app: None)) == 3
+    assert run(left_by(prepare, "/refuse/1", 400, GUARDS[api])) == 0
 
 
 @pytest.mark.parametrize("api", GUARDS)
