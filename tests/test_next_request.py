@@ -466,6 +466,30 @@ def test_a_wrapped_request_is_answered_whatever_others_do() -> None:
     run(main())
 
 
+class Odd(web.HTTPBadRequest):
+    """Makes something of its own of what every exception has."""
+
+    @property
+    def __cause__(self) -> Any:  # type: ignore[override]
+        raise asyncio.CancelledError
+
+    __context__ = __traceback__ = __cause__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("api", GUARDS)
+def test_an_exception_with_odd_attributes_is_answered(api: str) -> None:
+    """They are not asked for, so that nothing comes out of them."""
+
+    async def fail(request: web.Request) -> web.Response:
+        raise Odd
+
+    def prepare(app: web.Application) -> None:
+        app.router.add_get("/fail", fail)
+
+    assert run(left_by(prepare, "/fail", 400, lambda app: None)) == 3
+    assert run(left_by(prepare, "/fail", 400, GUARDS[api])) == 0
+
+
 async def keep_traceback(request: web.Request, response: Any) -> None:
     request["kept"] = response.__traceback__
 
