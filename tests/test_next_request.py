@@ -476,6 +476,11 @@ class Odd(web.HTTPBadRequest):
     __context__ = __traceback__ = __cause__  # type: ignore[assignment]
 
 
+@web.middleware
+async def idle(request: web.Request, handler: Any) -> web.StreamResponse:
+    return await handler(request)
+
+
 @pytest.mark.parametrize("api", GUARDS)
 def test_an_exception_with_odd_attributes_is_answered(api: str) -> None:
     """They are not asked for, so that nothing comes out of them."""
@@ -486,7 +491,14 @@ def test_an_exception_with_odd_attributes_is_answered(api: str) -> None:
     def prepare(app: web.Application) -> None:
         app.router.add_get("/fail", fail)
 
-    assert run(left_by(prepare, "/fail", 400, lambda app: None)) == 3
+    try:
+        bare = run(
+            left_by(prepare, "/fail", 400, lambda app: app.middlewares.append(idle))
+        )
+    except ConnectionError:
+        # Of old ones, contextlib does, from aiohttp's _fix_request_current_app().
+        pytest.skip("with any middleware at all this aiohttp asks for them itself")
+    assert bare == 3
     assert run(left_by(prepare, "/fail", 400, GUARDS[api])) == 0
 
 
