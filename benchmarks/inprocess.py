@@ -22,6 +22,7 @@ class Transport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.writes = 0
+        self.closed = False
 
     def write(self, data: Any) -> None:
         self.writes += 1
@@ -30,10 +31,10 @@ class Transport(asyncio.Transport):
         self.writes += 1
 
     def is_closing(self) -> bool:
-        return False
+        return self.closed
 
     def close(self) -> None:
-        pass
+        self.closed = True
 
 
 async def answer(request: web.Request) -> web.Response:
@@ -78,6 +79,8 @@ class Connection:
         writes = transport.writes
         self._protocol.data_received(data)
         while transport.writes == writes:
+            if transport.closed:
+                raise ConnectionError("the server has closed the connection")
             await asyncio.sleep(0)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
