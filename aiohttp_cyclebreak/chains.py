@@ -1024,7 +1024,6 @@ _REMEDIES = {
         "client_cyclebreak() among the trace_configs of the client session stops this"
     ),
     Remedy.SERVER: "guard_server(runner) stops this",
-    Remedy.RELEASE: "cyclebreak(release_body=True) lets go of the body",
 }
 _ADVICE = {
     "delayed": (

@@ -307,7 +307,11 @@ class _Request(_Holder):
             frames = sum(1 for _ in frames_of(exc))
             self._tell(exc, Cut(exceptions=1, tracebacks=frames, frames=frames))
         if exc is response:  # some of the count may be made up by somebody else
-            empty_with_callers(next(frames_of(exc)), {})
+            visited: Dict[int, FrameType] = {}
+            for frame in frames_of(exc):
+                empty_with_callers(frame, visited)
+                if not self.request.body_exists:
+                    break  # all that the others have can wait for the response's end
         else:
             detach(exc)
         return True
@@ -381,6 +385,8 @@ class _Request(_Holder):
             internals.forget_missing_route(request)
         if not request.body_exists:
             return
+        if self._is_last_holder():
+            internals.release_read_body(request)
         release_body = any(options.release_body for options in self.options)
         if release_body and request.content.is_eof():
             internals.release_body(request, BodyReleasedError)
@@ -388,6 +394,21 @@ class _Request(_Holder):
             # The client still sends the body; aiohttp reads on for a while.
             if self.connection is not None:
                 self.connection.unread = request
+
+    def _is_last_holder(self) -> bool:
+        """Whether nobody but the connection's task has the request still.
+
+        Nobody can read its body any more then, which an idle connection would keep
+        until its next request.
+        """
+        connection = self.connection
+        if connection is None or not COUNTS_ARE_EXACT or getweakrefs(self.request):
+            return False
+        # The attribute, the caller's variable, the argument; the connection's variable.
+        known = 3 + internals.connection_holds(
+            connection.coroutine, connection.frame, self.request
+        )
+        return getrefcount(self.request) == known
 
 
 class _InUse:

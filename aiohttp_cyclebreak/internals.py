@@ -54,6 +54,7 @@ __all__ = (
     "missing_route",
     "release_body",
     "release_payload",
+    "release_read_body",
     "release_websocket",
     "request_task",
     "response_of",
@@ -386,8 +387,7 @@ def release_payload(request: web.BaseRequest) -> bool:
 def release_body(request: web.BaseRequest, error: Type[BaseException]) -> None:
     """Let go of what a request has of its body, once aiohttp has done with it.
 
-    aiohttp: ``BaseRequest._read_bytes`` and ``._post``, ``StreamReader._buffer``,
-    3.8 to 3.14.
+    aiohttp: as :func:`release_read_body`, and ``StreamReader._buffer``, 3.8 to 3.14.
 
     Args:
         request: the request.
@@ -395,13 +395,19 @@ def release_body(request: web.BaseRequest, error: Type[BaseException]) -> None:
             reader gets an instance of its own.
     """
     request.content.set_exception(error)  # type: ignore[arg-type]
-    for owner, name, nothing in (
-        (request, "_read_bytes", None),
-        (request, "_post", None),
-        (request.content, "_buffer", deque()),
-    ):
-        if hasattr(owner, name):
-            setattr(owner, name, nothing)
+    if hasattr(request.content, "_buffer"):
+        request.content._buffer = deque()
+    release_read_body(request)
+
+
+def release_read_body(request: web.BaseRequest) -> None:
+    """Let go of the body that was read, and of what was parsed from it.
+
+    aiohttp: ``BaseRequest._read_bytes`` and ``._post``, 3.8 to 3.14.
+    """
+    for name in ("_read_bytes", "_post"):
+        if hasattr(request, name):
+            setattr(request, name, None)
 
 
 def body_size(request: web.BaseRequest) -> int:
@@ -468,19 +474,18 @@ def route_of(request: web.BaseRequest) -> Any:
     return getattr(getattr(request, "_match_info", None), "route", None)
 
 
-def connection_holds(
-    coroutine: Any, frame: Optional[FrameType], response: object
-) -> bool:
-    """Whether the coroutine of a connection's task refers to a response.
+def connection_holds(coroutine: Any, frame: Optional[FrameType], value: object) -> bool:
+    """Whether the coroutine of a connection's task refers to a request or response.
 
     The collector is asked: reading the locals of a frame that goes on would leave
     references to them in it, before Python 3.13.
 
-    aiohttp: the local ``resp`` of ``RequestHandler.start``, 3.8 to 3.14.
+    aiohttp: the locals ``request`` and ``resp`` of ``RequestHandler.start``, 3.8 to
+    3.14.
     """
     # From CPython 3.11 on the locals are the coroutine's until it is over.
     for each in gc.get_referents(coroutine, frame):  # noqa: SIM110 - as in sever
-        if each is response:
+        if each is value:
             return True
     return False
 

@@ -52,9 +52,9 @@ def cyclebreak(
             exception and all that it leads to are left exactly as they were.
         on_break: called with a :class:`BreakEvent` after each severing.
         release_body: let go of a request's body, read or not, and of its parsed form
-            once the response is sent.  Otherwise an idle keep-alive connection keeps
-            those of its last request until the next one, or its end.  Who reads the
-            body after that gets a :class:`BodyReleasedError`.
+            once the response is sent, whoever has the request.  Otherwise only what was
+            read, and if nobody but the connection has the request: nobody can read it
+            again.  Who reads the body after that gets a :class:`BodyReleasedError`.
 
     An error in *keep* or *on_break* is logged once, on the logger
     ``aiohttp_cyclebreak``, and swallowed; the exception is then kept.

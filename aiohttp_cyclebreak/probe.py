@@ -259,7 +259,7 @@ def remedy(leak: Leak) -> "Dict[str, Callable[[Any], Any]]":
     """What stops a leak, as arguments for :func:`measure`."""
     if leak.remedy is Remedy.SERVER:
         return {"guard_runner": guard_server}
-    middleware = cyclebreak(release_body=leak.remedy is Remedy.RELEASE)
+    middleware = cyclebreak()
 
     def guard(app: web.Application) -> None:
         app.middlewares.append(middleware)

@@ -46,7 +46,8 @@ def application(hold: float, returns: bool) -> web.Application:
         if hold:
             await asyncio.sleep(hold)
         if returns:
-            return web.Response(status=400)
+            refused = web.HTTPBadRequest()  # making one takes aiohttp 3.10 a while
+            return web.Response(status=refused.status, text=refused.text)
         raise web.HTTPBadRequest
 
     app = web.Application(client_max_size=2**30)

@@ -54,14 +54,6 @@ GUARDS: Dict[str, Tuple[Set[Remedy], Dict[str, Any]]] = {
         {Remedy.CLIENT},
         {"guard": guard_calls, "guard_runner": guard_server},
     ),
-    "releasing": (
-        {Remedy.RELEASE},
-        {"guard": lambda app: setup(app, release_body=True)},
-    ),
-    "releasing server": (
-        {Remedy.RELEASE},
-        {"guard_runner": lambda runner: guard_server(runner, release_body=True)},
-    ),
 }
 VISITS = 10
 HELD_BY_LOCALS = ("kept-local/another", "kept-local/traceback")

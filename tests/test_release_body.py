@@ -1,9 +1,14 @@
-"""release_body=True: an idle connection does not keep the body of its last request."""
+"""An idle connection does not keep the body of its last request.
+
+Without ``release_body=True`` only where nobody else has that request.
+"""
 
 import asyncio
 import gc
 import tracemalloc
-from typing import Any, Callable, Dict, List
+import weakref
+from contextvars import ContextVar, copy_context
+from typing import Any, Callable, Dict, List, Optional
 
 import pytest
 from aiohttp import web
@@ -72,19 +77,25 @@ async def held(service: Service, body: bytes, *headers: str) -> int:
 def test_idle_connections_hold_no_bodies(handler: Any) -> None:
     """200 that uploaded 500 kB hold at most 1 MiB more than those with one byte."""
 
-    async def main(release: bool) -> int:
+    async def main(guard: Any) -> int:
         app = application(handler)
-        setup(app, release_body=release)
+        guard(app)
         async with serve(app) as service:
             headers = [f"Content-Type: {FORM}"]
             small = await held(service, b"a", *headers)
             return await held(service, b"a=" + b"b" * 500_000, *headers) - small
 
-    assert run(main(release=False)) > CONNECTIONS * 400_000
-    assert run(main(release=True)) < 2**20
+    assert run(main(lambda app: None)) > CONNECTIONS * 400_000
+    assert run(main(setup)) < 2**20
+    assert run(main(lambda app: setup(app, release_body=True))) < 2**20
 
 
 Install = Callable[[web.Application], Any]
+GUARDS: Dict[str, Install] = {
+    "bare": lambda app: None,
+    "appended": lambda app: app.middlewares.append(cyclebreak()),
+    "setup": setup,
+}
 INSTALL: Dict[str, Install] = {
     "appended": lambda app: app.middlewares.append(cyclebreak(release_body=True)),
     "setup": lambda app: setup(app, release_body=True),
@@ -149,11 +160,63 @@ def test_reading_it_later_is_an_error_that_names_the_option(
     assert "release_body=True" in str(outcome)
 
 
-def test_without_the_option_a_body_that_was_read_stays() -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("handler", [read, refuse])
+@pytest.mark.parametrize("guard", GUARDS)
+def test_without_the_option_a_background_task_can_read_it_on(
+    guard: str, handler: Any, loop: str
+) -> None:
     """It is what aiohttp does."""
-    app = application(read)
-    setup(app)
-    assert run(read_late(app, lambda request: request.read(), b"body")) == b"body"
+    app = application(handler)
+    GUARDS[guard](app)
+    assert run(read_late(app, lambda request: request.read(), b"body"), loop) == b"body"
+
+
+def strongly(request: web.Request) -> Any:
+    return lambda: request
+
+
+in_context: "ContextVar[Optional[web.Request]]" = ContextVar("in_context", default=None)
+
+
+def keep_in_context(request: web.Request) -> Any:
+    """As every timer and task does that is made from then on."""
+    in_context.set(request)
+    context = copy_context()
+    return lambda: context[in_context]
+
+
+@pytest.mark.parametrize("keep", [strongly, weakref.ref, keep_in_context])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("guard", GUARDS)
+def test_whoever_has_the_request_can_read_it_on(
+    guard: str, fails: bool, keep: Any
+) -> None:
+    """One reference more is enough, and so is a weak one, while it lives."""
+
+    async def main() -> bytes:
+        found: List[Any] = []
+
+        async def handler(request: web.Request) -> web.Response:
+            await request.read()
+            found.append(keep(request))
+            if fails:
+                raise web.HTTPBadRequest
+            return web.Response()
+
+        app = application(handler)
+        GUARDS[guard](app)
+        async with serve(app) as service:
+            client = await service.connect()
+            await client.post("/", b"body")
+            await client.answer()
+            await spin()
+            request = found[0]()
+            body = await request.read()
+            client.close()
+            return bytes(body)
+
+    assert run(main()) == b"body"
 
 
 def test_keep_cycles_leaves_the_body_alone() -> None:

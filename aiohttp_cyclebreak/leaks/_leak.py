@@ -28,7 +28,6 @@ class Remedy(enum.Enum):
     MIDDLEWARE = "cyclebreak"
     CLIENT = "client_cyclebreak"
     SERVER = "guard_server"
-    RELEASE = "release_body"
 
 
 class Step(enum.Enum):

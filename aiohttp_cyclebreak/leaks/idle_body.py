@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from ._leak import Affected, Kind, Leak, Remedy, Step, Visit, post
+from ._leak import Affected, Kind, Leak, Step, Visit, post
 
 _CHAIN = "frame of RequestHandler.start, which is suspended -> request -> body"
 
@@ -31,7 +31,6 @@ def _leak(variant: str, title: str, sent: bytes) -> Leak:
         upstream="",
         build=_build,
         visits=(visit,),
-        remedy=Remedy.RELEASE,
     )
 
 

@@ -27,7 +27,6 @@ _REMEDIES = {
     Remedy.MIDDLEWARE: ":func:`~aiohttp_cyclebreak.cyclebreak`",
     Remedy.CLIENT: ":func:`~aiohttp_cyclebreak.client_cyclebreak`, beside a guard",
     Remedy.SERVER: ":func:`~aiohttp_cyclebreak.guard_server`",
-    Remedy.RELEASE: "``release_body=True``",
 }
 
 
