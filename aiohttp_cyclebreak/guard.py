@@ -16,7 +16,6 @@ from functools import partial
 from sys import getrefcount
 from types import FrameType
 from typing import (
-    TYPE_CHECKING,
     Any,
     Callable,
     Coroutine,
@@ -70,7 +69,7 @@ __all__ = (
     "errors",
     "follow_calls",
     "follow_connection",
-    "hold",
+    "has_put_off",
     "kept_requests",
     "leave_alone",
     "note",
@@ -119,8 +118,8 @@ connections: "Dict[int, ref[_Connection]]" = {}
 _callers: "Dict[int, ref[_Caller]]" = {}
 # Who has noted an exception.
 _in_hand: "Dict[int, Tuple[ref[_Holder], ...]]" = {}
-# What connections have put off, by the ids of their tasks.
-pending: "Dict[int, _PutOff]" = {}
+# Connections that have put an exception off, by the id of that.
+pending: "Dict[int, ref[_Connection]]" = {}
 
 # Where a request has what follows it, beside its own attributes.
 _FOLLOWED = "_cyclebreak"
@@ -538,91 +537,6 @@ def _leave(exceptions: Iterable[BaseException], clear_frames: bool = True) -> No
         _left_over[loop].add(exc, clear_frames)
 
 
-if TYPE_CHECKING:
-    _Reference = ref[BaseException]
-else:  # which cannot be subscripted before Python 3.9
-    _Reference = ref
-
-
-class _PutOff(_Reference):
-    """What a request has raised, and is severed when the connection's next one comes.
-
-    Or when the connection ends.  Until then aiohttp has the exception as well, as the
-    response, in the live frame of the connection's task.
-    """
-
-    __slots__ = ("connection", "request")
-
-    connection: int  # the id of its task
-    request: "ref[web.BaseRequest]"
-
-    def sever(self, request: Optional[web.BaseRequest]) -> None:
-        """Sever it, if the connection has gone on from its request.
-
-        If nobody but aiohttp has it, then all of it goes by itself, once the frame of
-        the request's task does not hold it.  Its traceback stays, since the count of
-        references may be made up by somebody else.
-
-        Args:
-            request: one that is to be handled now; None: the connection has ended.
-        """
-        raised_by = self.request()
-        if request is not None and not has_gone_on(raised_by, request):
-            return
-        del pending[self.connection]
-        exc = self()
-        if exc is None:
-            return
-        # The variable, the argument, that frame, and that of the connection's.
-        known = 3 if request is None else 4
-        if getrefcount(exc) == known and owns_its_traceback(exc, HANDLE_REQUEST):
-            entry: Any = traceback_of(exc)
-            frame = entry.tb_frame
-            if frame.f_lasti in _RETURNS:
-                frame.clear()
-                if getrefcount(exc) == known - 1:
-                    return
-        connection = self._connection()
-        if connection is not None:
-            kept = [] if raised_by is None else internals.kept_exceptions(raised_by)
-            connection.sever_shared([exc, *kept])
-
-    def hold(self, exc: BaseException) -> None:
-        """Hold it by more than a weak reference, until it is severed or dropped."""
-        connection = self._connection()
-        if connection is not None:
-            connection.held = exc
-
-    def drop(self) -> bool:
-        """Let go of it, if nobody has it: it was swallowed, and is not the response.
-
-        Returns:
-            Whether all of it has gone.
-        """
-        exc = self()
-        if exc is not None:
-            # What holds it, the variable, the argument.
-            if getrefcount(exc) != 3 or not owns_its_traceback(exc):
-                return False
-            connection = self._connection()
-            if connection is None or connection.held is not exc:
-                return False
-            connection.held = None
-        del pending[self.connection]
-        return True
-
-    def is_being_answered(self) -> bool:
-        """Whether the connection waits for the task of that request still."""
-        connection = self._connection()
-        if connection is None or pending.get(self.connection) is not self:
-            return False
-        return internals.is_being_answered(connection.task())
-
-    def _connection(self) -> "Optional[_Connection]":
-        found = connections.get(self.connection)
-        return None if found is None else found()
-
-
 # Where the frame of a request's task is over; before CPython 3.13 frame.clear() closes
 # a coroutine that is suspended.
 _RETURNS = frozenset() if HANDLE_REQUEST is None else returns_of(HANDLE_REQUEST)
@@ -638,8 +552,9 @@ class _Connection:
         "unread",
         "later",
         "following",
-        "held",
         "key",
+        "put_off",
+        "raised_by",
         "reference",
         "task",
         "__weakref__",
@@ -655,19 +570,98 @@ class _Connection:
         # Exceptions that somebody had in hand, and whether to clear their frames.
         self.later: Dict[int, Tuple[BaseException, bool]] = {}
         self.following = 0  # requests by a callback of their task
-        # What is put off, as long as it is on its way out.
-        self.held: Optional[BaseException] = None
+        # What a request has raised, and is severed when the next one comes or the
+        # connection ends.  Until then aiohttp has it as well, as the response, in the
+        # live frame of the connection's task.
+        self.put_off: Optional[BaseException] = None
+        self.raised_by: Optional[web.BaseRequest] = None
         self.task = ref(task)
         self.reference = ref(self, partial(_forget_connection, self.key))
 
+    def take_back(self) -> Optional[BaseException]:
+        """Put it off no longer."""
+        exc = self.put_off
+        self.put_off = self.raised_by = None
+        pending.pop(id(exc), None)
+        return exc
+
+    def take_back_of(self, request: web.BaseRequest) -> Optional[BaseException]:
+        """Put it off no longer, if it is of this request."""
+        raised_by = self.raised_by
+        if raised_by is None or not internals.is_same(raised_by, request):
+            return None
+        return self.take_back()
+
+    def forget_swallowed(self) -> bool:
+        """Let go of what was put off, if nobody has it: it is not the response.
+
+        Returns:
+            Whether all of it has gone.
+        """
+        exc = self.put_off
+        if exc is not None:
+            # The attribute, the variable, the argument.
+            if getrefcount(exc) != 3 or leads_on(exc) or not owns_its_traceback(exc):
+                return False
+            self.take_back()
+        return True
+
+    def sever_put_off(self, request: Optional[web.BaseRequest]) -> None:
+        """Sever what was put off, if the connection has gone on from its request.
+
+        If nobody but aiohttp has it, then all of it goes by itself, once the frame of
+        the request's task does not hold it.  Its traceback stays, since the count of
+        references may be made up by somebody else.
+
+        Args:
+            request: one that is to be handled now; None: the connection has ended.
+        """
+        exc, raised_by = self.put_off, self.raised_by
+        if exc is None or raised_by is None:
+            return
+        # The attribute, the variable, the argument, the frame of the request's task;
+        # and that of the connection's, if that goes on.
+        known = 4 if request is None else 5
+        if (
+            getrefcount(exc) == known
+            and cause_of(exc) is None
+            and context_of(exc) is None
+            and internals.keeps_nothing(raised_by)
+            and owns_its_traceback(exc, HANDLE_REQUEST)
+        ):
+            entry: Any = traceback_of(exc)
+            frame = entry.tb_frame
+            if frame.f_lasti in _RETURNS:  # so that the connection has gone on
+                frame.clear()
+                if getrefcount(exc) == known - 1:
+                    self.put_off = self.raised_by = None
+                    pending.pop(id(exc), None)
+                    return
+        if request is not None and not has_gone_on(raised_by, request):
+            return
+        self.take_back()
+        found = [exc, *internals.kept_exceptions(raised_by)]
+        if request is None:
+            self.sever_shared(found)
+        else:
+            # A task that was started eagerly is handling this request before all the
+            # callbacks of the earlier one's have run.
+            asyncio.get_running_loop().call_soon(self.sever_shared, found)
+
     def sever_shared(self, exceptions: List[BaseException]) -> None:
         """Sever what nobody has noted, and somebody has but aiohttp."""
-        self.held = None
-        sorted_out = _sort_out(exceptions, lambda exc: False, _InUse())
-        for _, own in sorted_out.ready:
-            sever(own, spare=sorted_out.spare)
-        for exc in sorted_out.in_flight:
-            self.later[id(exc)] = exc, True
+        try:
+            sorted_out = _sort_out(exceptions, lambda exc: False, _InUse())
+            for _, own in sorted_out.ready:
+                sever(own, spare=sorted_out.spare)
+            for exc in sorted_out.in_flight:
+                self.later[id(exc)] = exc, True
+        except Exception:
+            _complain("severing what was put off")
+
+    def is_answering(self) -> bool:
+        """Whether it waits for the task of a request still."""
+        return internals.is_being_answered(self.task())
 
     def sever_later_ones(self) -> None:
         for key, (exc, clear_frames) in list(self.later.items()):
@@ -678,8 +672,7 @@ class _Connection:
     def done(self, task: "asyncio.Future[Any]") -> None:
         try:
             empty_with_callers(self.frame, {})
-            if self.key in pending:
-                pending[self.key].sever(None)
+            self.sever_put_off(None)
             if self.unread is not None:
                 internals.release_payload(self.unread)
             self.sever_later_ones()
@@ -691,8 +684,8 @@ class _Connection:
             _complain("severing a connection")
         finally:
             connections.pop(self.key, None)
-            pending.pop(self.key, None)
-            self.coroutine = self.frame = self.held = None
+            self.take_back()
+            self.coroutine = self.frame = None
             self.errors = []
             self.unread = None
             self.later = {}
@@ -789,10 +782,10 @@ def begin(request: web.BaseRequest, options: Options) -> None:
     """
     try:
         if pending:
-            put_off = pending.get(id(connection_task(request)))
-            if put_off is not None:
-                put_off.sever(request)
-        if not calls_are_followed:
+            connection = _connection_of(connection_task(request))
+            if connection is not None and connection.put_off is not None:
+                connection.sever_put_off(request)
+        if not calls_are_followed or not internals.is_request(request):
             return
         serving = _serving.get()
         if serving is None or serving.request() is not request:
@@ -936,28 +929,38 @@ def kept_requests() -> Set[int]:
 
 def follow_connection(task: Any) -> "Optional[_Connection]":
     """Follow a connection to the end of its task, if it is not followed yet."""
-    key = id(task)
-    found = connections.get(key)
-    connection = None if found is None else found()
+    connection = _connection_of(task)
     if connection is None and isinstance(task, asyncio.Task):  # a mock has none
         connection = _Connection(task)
-        connections[key] = connection.reference
+        connections[connection.key] = connection.reference
         task.add_done_callback(connection.done)
     return connection
+
+
+def has_put_off(found: "ref[_Connection]") -> bool:
+    """Whether a connection has put something off."""
+    connection = found()
+    return connection is not None and connection.put_off is not None
+
+
+def _connection_of(task: Any) -> "Optional[_Connection]":
+    found = connections.get(id(task))
+    return None if found is None else found()
 
 
 def _forget_connection(key: int, reference: "ref[_Connection]") -> None:
     """Forget one that is gone without an end, since its loop was closed."""
     if connections.get(key) is reference:
         connections.pop(key, None)
-        pending.pop(key, None)
+    if len(pending) > 2 * len(connections):  # not for each: that would be quadratic
+        for found in [each for each, holder in pending.items() if holder() is None]:
+            pending.pop(found, None)
 
 
 def note_parser_error(task: Any, exc: BaseException) -> None:
     """Remember an exception that made a connection end without any request."""
     try:
-        found = connections.get(id(task))
-        connection = None if found is None else found()
+        connection = _connection_of(task)
         if connection is not None:
             connection.errors.append(exc)
     except Exception:
@@ -965,6 +968,8 @@ def note_parser_error(task: Any, exc: BaseException) -> None:
 
 
 def _follow(request: web.BaseRequest, options: Optional[Options]) -> Optional[_Request]:
+    if not internals.is_request(request):
+        return None
     followed: Optional[_Request] = request.__dict__.get(_FOLLOWED)
     if followed is None:
         task = internals.request_task(request)
@@ -975,18 +980,9 @@ def _follow(request: web.BaseRequest, options: Optional[Options]) -> Optional[_R
         task.add_done_callback(followed.done)
         if connection is not None:
             connection.following += 1
-            put_off = pending.get(connection.key)
-            raised_by = None if put_off is None else put_off.request()
-            if (
-                put_off is not None
-                and raised_by is not None
-                and internals.is_same(raised_by, request)
-            ):
-                del pending[connection.key]
-                exc = put_off()
-                connection.held = None
-                if exc is not None:
-                    followed.note(exc)
+            exc = connection.take_back_of(request)
+            if exc is not None:
+                followed.note(exc)
     if options is not None and not any(each is options for each in followed.options):
         followed.options.append(options)
     if calls_are_followed:
@@ -1010,56 +1006,44 @@ def note(request: web.BaseRequest, exc: BaseException, options: Options) -> None
 
 def note_last(
     request: web.BaseRequest,
-    exc: BaseException,
+    exc: web.HTTPException,
     options: Options,
     middleware: Optional[Callable[..., Any]],
 ) -> None:
-    """As :func:`note`, perhaps as the last one, outside of which there is only aiohttp.
+    """As :func:`note`, of the response perhaps: outside of all middlewares is aiohttp.
 
-    Then it is the response, and nobody else has most of those.  A callback for each
-    would cost more than all the rest.  Who asks further inside has to :func:`hold` it.
+    Nobody else has most of those, and a callback for each would cost more than all the
+    rest.  It is put off; who asks further inside does not know yet whether it is
+    swallowed on its way.
 
     Args:
         request: as for :func:`note`.
         exc: as for :func:`note`.
         options: as for :func:`note`.
-        middleware: the last one; None: it is outside of all middlewares.
+        middleware: the outermost one; None: it is outside of all middlewares.
     """
     try:
         if options.are_silent and not calls_are_followed:
-            task = connection_of_response(request, exc, middleware)
-            if task is not None and cause_of(exc) is None and context_of(exc) is None:
-                key = id(task)
-                found = connections.get(key)
+            task = connection_of_response(request, middleware)
+            if task is not None and not leads_on(exc):
+                found = connections.get(id(task))
                 connection = None if found is None else found()
                 if connection is None:
                     connection = follow_connection(task)
                 if connection is not None and not connection.following:
-                    put_off = pending.get(key)
-                    if put_off is None or connection.held is exc:
-                        connection.held = None
+                    put_off = connection.put_off
+                    if put_off is None:
                         if getrefcount(exc) == _UNSHARED:
-                            if put_off is None:
-                                put_off = pending[key] = _PutOff(exc)
-                                put_off.connection = key
-                                put_off.request = ref(request)
+                            connection.put_off = exc
+                            connection.raised_by = request
+                            pending[id(exc)] = connection.reference
                             return
+                    # The attribute and the variable.
+                    elif put_off is exc and getrefcount(exc) == _UNSHARED + 2:
+                        return
     except Exception:
         _complain("putting off an exception")
     note(request, exc, options)
-
-
-def hold(request: web.BaseRequest, exc: BaseException) -> None:
-    """Hold what was put off further inside, until the last one sees what became of it.
-
-    Who swallows it on its way may keep a cycle in a frame that it came through.
-    """
-    try:
-        put_off = pending.get(id(connection_task(request)))
-        if put_off is not None and put_off() is exc:
-            put_off.hold(exc)
-    except Exception:
-        _complain("holding an exception")
 
 
 def _count_references(exc: BaseException) -> int:
@@ -1113,12 +1097,13 @@ def passed(
     response that is no websocket.  A connection is followed from its first request.
     """
     try:
-        follow_connection(request.task)
+        if not internals.is_request(request):
+            return
+        connection = follow_connection(request.task)
         if not internals.keeps_nothing(request):
             _follow(request, options)
         elif pending:
-            put_off = pending.get(id(connection_task(request)))
-            if put_off is not None and not put_off.drop():
+            if connection is not None and not connection.forget_swallowed():
                 _follow(request, options)
         # isinstance() is asked last: the class is abstract, which makes it slow.
         if type(response) is not web.Response:
@@ -1150,10 +1135,13 @@ def _somebody_has(exc: BaseException) -> bool:
     for holder in _in_hand.get(id(exc), ()):
         if holder() is not None:
             return True
-    for put_off in getweakrefs(exc):
-        if type(put_off) is _PutOff and put_off.is_being_answered():
-            return True
-    return False
+    found = pending.get(id(exc))
+    connection = None if found is None else found()
+    return (
+        connection is not None
+        and connection.put_off is exc
+        and connection.is_answering()
+    )
 
 
 def _websocket_errors(

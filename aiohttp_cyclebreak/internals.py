@@ -44,6 +44,8 @@ __all__ = (
     "is_awaited",
     "is_being_answered",
     "is_current",
+    "is_guarded",
+    "is_request",
     "is_same",
     "is_websocket_of",
     "keeps_nothing",
@@ -107,6 +109,14 @@ def request_task(request: web.BaseRequest) -> "Optional[asyncio.Task[Any]]":
     return waiting_for if isinstance(waiting_for, asyncio.Task) else None
 
 
+def is_request(value: object) -> bool:
+    """Whether a value is a request of aiohttp's.
+
+    An application may give its handlers an object of its own in place of it.
+    """
+    return web.BaseRequest in type(value).__mro__
+
+
 def runs_in_own_task(request: web.BaseRequest) -> bool:
     """Whether what runs now is the task that aiohttp made for a request.
 
@@ -118,8 +128,12 @@ def runs_in_own_task(request: web.BaseRequest) -> bool:
         return False  # the coroutine is thrown away
     if current is None or HANDLE_REQUEST is None:
         return False
-    code = getattr(current.get_coro(), "cr_code", None)
-    return code is HANDLE_REQUEST and is_current(request)
+    if getattr(current.get_coro(), "cr_code", None) is not HANDLE_REQUEST:
+        return False
+    try:
+        return is_current(request)
+    except Exception:  # an application may pass on an object of its own as a request
+        return False
 
 
 def is_awaited(request: web.BaseRequest, task: "asyncio.Future[Any]") -> bool:
@@ -187,8 +201,8 @@ def connection_task(request: Any) -> Any:
     """
     try:
         return request._task
-    except AttributeError:
-        return getattr(request, "task", None)
+    except Exception:
+        return request.task if is_request(request) else None
 
 
 def connection_frame(task: "asyncio.Task[Any]") -> Optional[FrameType]:
@@ -229,21 +243,19 @@ def keeps_nothing(request: Any) -> bool:
 
 
 def connection_of_response(
-    request: Any, exc: Any, middleware: Optional[Callable[..., Any]]
+    request: Any, middleware: Optional[Callable[..., Any]]
 ) -> "Optional[asyncio.Task[Any]]":
-    """The connection's task, if an exception will be the response of a plain request.
+    """The connection's task, if an HTTPException can be the response of a request.
 
     That is one which keeps nothing, asks for no websocket, and is the one that is being
     handled, no clone of it.
 
     aiohttp: as :func:`keeps_nothing`, ``BaseRequest._headers``, ``._protocol`` and
-    ``._task``, ``RequestHandler._current_request``, ``UrlMappingMatchInfo._apps``,
-    ``Application._middlewares``, and ``__http_exception__``, by which aiohttp itself
-    knows an ``HTTPException``, 3.8 to 3.14.
+    ``._task``, ``RequestHandler._current_request``, ``UrlMappingMatchInfo._apps`` and
+    ``Application._middlewares``, 3.8 to 3.14.
 
     Args:
         request: the request.
-        exc: what has been raised.
         middleware: the outermost one; None: none of them has to be.
 
     Returns:
@@ -252,8 +264,7 @@ def connection_of_response(
     try:
         match_info = request._match_info
         if (
-            type(exc).__http_exception__ is True
-            and request._payload is EMPTY_PAYLOAD
+            request._payload is EMPTY_PAYLOAD
             and not request._state
             and type(match_info) is _MatchInfo
             and request._protocol._current_request is request
@@ -263,7 +274,7 @@ def connection_of_response(
             )
         ):
             return request._task  # type: ignore[no-any-return]
-    except (AttributeError, IndexError):
+    except Exception:  # an application may pass on an object of its own as a request
         pass
     return None
 
@@ -338,7 +349,7 @@ def connection_of_plain(
             and type(request._match_info) is _MatchInfo
         ):
             return request._task  # type: ignore[no-any-return]
-    except AttributeError:
+    except Exception:  # as above
         pass
     return None
 
@@ -582,6 +593,14 @@ class GuardedProtocol:
     """What the connections of a guarded server have in common."""
 
     __slots__ = ()
+
+
+def is_guarded(request: Any) -> bool:
+    """Whether a request is of a guarded server: another runner may serve it too."""
+    try:
+        return isinstance(request.protocol, GuardedProtocol)
+    except Exception:  # an application may pass on an object of its own as a request
+        return False
 
 
 def lacks() -> List[str]:

@@ -8,7 +8,15 @@ from weakref import WeakSet
 from aiohttp import web
 
 from . import guard, internals
-from .guard import begin, connections, hold, note, note_last, passed, pending
+from .guard import (
+    begin,
+    connections,
+    has_put_off,
+    note,
+    note_last,
+    passed,
+    pending,
+)
 from .internals import connection_of_plain
 from .options import BreakEvent, Options, make_options, switched_off
 from .radar import Radar, Watch, watch_application, watch_of
@@ -21,6 +29,7 @@ if TYPE_CHECKING:  # these have moved between the supported versions
 # What setup() made, to know it again.
 _ends: "WeakSet[Middleware]" = WeakSet()
 
+HTTPException = web.HTTPException  # looked up for every request
 logger = logging.getLogger("aiohttp_cyclebreak")
 
 
@@ -179,18 +188,16 @@ def _make_layer(options: Options) -> "Middleware":
             begin(request, options)
         try:
             response = await handler(request)
-        except BaseException as exc:
+        except HTTPException as exc:
             note_last(request, exc, options, cyclebreak_middleware)
+            raise
+        except BaseException as exc:
+            note(request, exc, options)
             raise
         # Most keep nothing, on a connection that is followed already: this is all that
         # they pay for.
-        task = connection_of_plain(request, response)
-        if (
-            task is None
-            or calls_are_followed
-            or id(task) not in connections
-            or (pending and id(task) in pending)
-        ):
+        found = connections.get(id(connection_of_plain(request, response)))
+        if found is None or calls_are_followed or (pending and has_put_off(found)):
             passed(request, response, options)
         return response
 
@@ -225,13 +232,15 @@ def _make_inner_layer(options: Options, outermost: "Middleware") -> "Middleware"
     ) -> web.StreamResponse:
         try:
             return await handler(request)
-        except BaseException as exc:
-            # In a task of its own, the last one may be through with the request.
+        except HTTPException as exc:
+            # In a task of its own, the outermost may be through with the request.
             if internals.runs_in_own_task(request):
                 note_last(request, exc, options, outermost)
-                hold(request, exc)
             else:
                 note(request, exc, options)
+            raise
+        except BaseException as exc:
+            note(request, exc, options)
             raise
 
     return cyclebreak_middleware

@@ -10,7 +10,6 @@ from . import internals
 from .guard import (
     begin,
     follow_connection,
-    hold,
     note,
     note_last,
     note_parser_error,
@@ -105,8 +104,11 @@ def _guarded(
         begin(request, options)
         try:
             response = await handler(request)
-        except BaseException as exc:
+        except web.HTTPException as exc:
             note_last(request, exc, options, None)
+            raise
+        except BaseException as exc:
+            note(request, exc, options)
             raise
         passed(request, response, options)
         return response
@@ -125,14 +127,16 @@ def _guard_inside(app: web.Application, options: Options) -> None:
     ) -> web.StreamResponse:
         try:
             return await handler(request)
-        except BaseException as exc:
-            # The application may be served by another runner too.
-            if isinstance(request.protocol, internals.GuardedProtocol):
+        except web.HTTPException as exc:
+            if internals.is_guarded(request):
                 if internals.runs_in_own_task(request):
                     note_last(request, exc, options, None)
-                    hold(request, exc)
                 else:
                     note(request, exc, options)
+            raise
+        except BaseException as exc:
+            if internals.is_guarded(request):
+                note(request, exc, options)
             raise
 
     for each in (app, *internals.subapps(app)):

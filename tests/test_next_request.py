@@ -1,7 +1,10 @@
 """Exceptions that are left to the connection: to its next request, or its end."""
 
 import asyncio
+import builtins
 import contextlib
+import gc
+import sys
 import traceback
 from typing import Any, Callable, Dict, List
 
@@ -11,6 +14,7 @@ from aiohttp import web
 from aiohttp_cyclebreak import cyclebreak, guard, guard_server, setup
 
 from .service import LOOPS, Client, alive, no_collector, run, serve, spin
+from .test_server import start
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -51,7 +55,7 @@ def has_local(exc: BaseException, function: str, name: str) -> bool:
 def nothing_is_held() -> bool:
     """Whether no connection holds what was on its way out of a request."""
     found = [each() for each in list(guard.connections.values())]
-    return all(each is None or each.held is None for each in found)
+    return all(each is None or each.put_off is None for each in found)
 
 
 async def ask(client: Client, path: str) -> int:
@@ -662,3 +666,357 @@ def test_what_is_swallowed_is_followed_to_the_end(
 
     assert run(main(lambda app: None), loop) == 5
     assert run(main(GUARDS[api]), loop) == 0
+
+
+async def fail_with_cycle(request: web.Request) -> None:
+    """Raise, in a task, an exception that a local of its own frame has as well."""
+    try:
+        raise LookupError(request.path)
+    except LookupError as exc:
+        kept = exc
+    raise kept
+
+
+async def failure_of_task(request: web.Request) -> BaseException:
+    """An exception that no middleware sees, and that has no context."""
+    task = asyncio.ensure_future(fail_with_cycle(request))
+    await asyncio.wait([task])
+    error = task.exception()
+    assert error is not None
+    return error
+
+
+async def give_cause(request: web.Request, response: Any) -> None:
+    response.__cause__ = await failure_of_task(request)
+
+
+async def store_failure(request: web.Request, response: Any) -> None:
+    request["failure"] = await failure_of_task(request)
+
+
+@pytest.mark.parametrize("api", GUARDS)
+@pytest.mark.parametrize("prepare", [give_cause, store_failure])
+def test_what_comes_to_a_response_while_it_is_prepared_is_severed(
+    prepare: Any, api: str
+) -> None:
+    """It was put off before, when there was nothing but the exception itself."""
+
+    def add(app: web.Application) -> None:
+        app.on_response_prepare.append(prepare)
+
+    assert run(left_by(add, "/refuse/1", 400, lambda app: None)) == 3
+    assert run(left_by(add, "/refuse/1", 400, GUARDS[api])) == 0
+
+
+@web.middleware
+async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
+    try:
+        return await handler(request)  # type: ignore[no-any-return]
+    except web.HTTPException:
+        return web.Response(status=500)
+
+
+@web.middleware
+async def give_cause_and_swallow(
+    request: web.Request, handler: Any
+) -> web.StreamResponse:
+    try:
+        return await handler(request)  # type: ignore[no-any-return]
+    except web.HTTPException as exc:
+        exc.__cause__ = await failure_of_task(request)
+    return web.Response(status=500)
+
+
+def test_a_cause_of_what_was_swallowed_is_severed() -> None:
+    """The cause has a cycle of its own, which does not go with the exception."""
+
+    def add(app: web.Application) -> None:
+        app.middlewares.append(give_cause_and_swallow)
+
+    assert run(left_by(add, "/refuse/1", 500, lambda app: None)) == 3
+    assert run(left_by(add, "/refuse/1", 500, setup)) == 0
+
+
+groups = pytest.mark.skipif(sys.version_info < (3, 11), reason="has no groups")
+
+
+def all_failed(members: List[BaseException]) -> web.HTTPException:
+    """An HTTPException that is a group as well."""
+    group: Any = getattr(builtins, "BaseExceptionGroup")  # noqa: B009
+
+    class AllFailed(group, web.HTTPBadGateway):  # type: ignore[misc]
+        def __new__(cls, members: Any) -> Any:
+            return group.__new__(cls, "all failed", members)
+
+        def __init__(self, members: Any) -> None:
+            web.HTTPBadGateway.__init__(self)
+
+    return AllFailed(members)  # type: ignore[no-any-return]
+
+
+async def fail_with_members(request: web.Request) -> web.Response:
+    raise all_failed([await failure_of_task(request)])
+
+
+@groups
+@pytest.mark.parametrize("api", GUARDS)
+@pytest.mark.parametrize("status", [502, 500])
+def test_a_group_is_severed_with_its_members(status: int, api: str) -> None:
+    """Also if it is the response, or swallowed on its way."""
+
+    def add(app: web.Application) -> None:
+        app.router.add_get("/fail", fail_with_members)
+        if status == 500:
+            app.middlewares.append(swallow)
+
+    if api == "outermost" and status == 500:
+        pytest.skip("it is not seen there")
+    assert run(left_by(add, "/fail", status, lambda app: None)) == 3
+    assert run(left_by(add, "/fail", status, GUARDS[api])) == 0
+
+
+@groups
+@pytest.mark.parametrize(
+    ("waits", "api"),
+    [
+        ("middleware", "appended"),
+        ("middleware", "setup"),
+        ("prepare", "appended"),
+        ("prepare", "outermost"),
+        ("prepare", "setup"),
+    ],
+)
+def test_a_member_that_another_request_raises_keeps_its_locals(
+    waits: str, api: str
+) -> None:
+    """The group is on its way still, or is being sent."""
+    shared: List[BaseException] = []
+    found: List[bool] = []
+
+    async def main() -> None:
+        inside, go_on = asyncio.Event(), asyncio.Event()
+
+        async def report(request: web.Request, response: Any) -> None:
+            if isinstance(response, web.HTTPBadGateway):
+                inside.set()
+                await go_on.wait()
+                (member,) = response.exceptions  # type: ignore[attr-defined]
+                found.append(has_local(member, "fail_with_cycle", "request"))
+
+        @web.middleware
+        async def report_on_its_way(
+            request: web.Request, handler: Any
+        ) -> web.StreamResponse:
+            try:
+                return await handler(request)  # type: ignore[no-any-return]
+            except web.HTTPBadGateway as exc:
+                await report(request, exc)
+                raise
+
+        async def first(request: web.Request) -> web.Response:
+            shared.append(await failure_of_task(request))
+            raise all_failed(shared)
+
+        async def second(request: web.Request) -> web.Response:
+            raise shared[0]
+
+        app = application()
+        if waits == "prepare":
+            app.on_response_prepare.append(report)
+        else:
+            app.middlewares.append(report_on_its_way)
+        app.router.add_get("/first", first)
+        app.router.add_get("/second", second)
+        GUARDS[api](app)
+        async with serve(app) as service:
+            client, other = await service.connect(), await service.connect()
+            await client.get("/first")
+            await inside.wait()
+            assert await ask(other, "/second") == 500
+            await spin()
+            go_on.set()
+            assert (await client.answer())[0] == 502
+            client.close()
+            other.close()
+            await service.settle()
+
+    run(main())
+    assert found == [True]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("api", GUARDS)
+def test_the_callbacks_of_a_task_find_its_locals(api: str, loop: str) -> None:
+    """The next request may begin before them, if it was sent already."""
+    kept: List[BaseException] = []
+    found: List[bool] = []
+
+    async def keep(request: web.Request, response: Any) -> None:
+        if isinstance(response, web.HTTPException):
+            kept.append(response)
+
+    async def wait_for(task: Any) -> None:
+        await task
+        found.append(has_local(kept[0], "fail", "marker"))
+
+    async def main() -> None:
+        tasks: List[Any] = []
+
+        async def fail(request: web.Request) -> web.Response:
+            marker = request.path
+            task: Any = asyncio.current_task()
+            tasks.append(asyncio.ensure_future(wait_for(task)))
+            await asyncio.sleep(0)
+            task.add_done_callback(
+                lambda _: found.append(has_local(kept[0], "fail", "marker"))
+            )
+            raise web.HTTPBadRequest(text=marker)
+
+        app = application()
+        app.router.add_get("/fail", fail)
+        app.on_response_prepare.append(keep)
+        GUARDS[api](app)
+        async with serve(app) as service:
+            client = await service.connect()
+            request = b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            await client.send(request % b"/fail" + request % b"/")
+            assert (await client.answer())[0] == 400
+            assert (await client.answer())[0] == 200
+            await spin()
+            client.close()
+            await service.settle()
+
+    run(main(), loop)
+    assert found == [True, True]
+
+
+class Own:
+    """What an application makes of a request, and gives to its handlers."""
+
+    def __init__(self, of: web.Request) -> None:
+        self.path = of.path
+        self.read = of.read
+
+
+class Strict(Own):
+    """Says in a way of its own that it does not have something."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+@web.middleware
+async def give_own(request: web.Request, handler: Any) -> web.StreamResponse:
+    kind = Strict if "strict" in request.query else Own
+    return await handler(kind(request))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("api", [*GUARDS, "guard_server"])
+@pytest.mark.parametrize("query", ["", "?strict"])
+def test_an_application_may_give_its_handlers_what_it_likes(
+    query: str, api: str
+) -> None:
+    """It is answered as ever, whatever that does not have."""
+
+    async def main() -> List[int]:
+        app = application(give_own)
+        if api != "guard_server":
+            GUARDS[api](app)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        if api == "guard_server":
+            guard_server(runner)
+        service = await start(runner)
+        client = await service.connect()
+        answers = [await ask(client, path + query) for path in ("/refuse/1", "/")]
+        client.close()
+        await runner.cleanup()
+        return answers
+
+    assert run(main()) == [400, 200]
+
+
+class Unasked(type):
+    """Its classes are not to be asked for what aiohttp does not ask them for."""
+
+    def __getattribute__(cls, name: str) -> Any:
+        if name == "__http_exception__":
+            raise asyncio.CancelledError
+        return super().__getattribute__(name)
+
+
+class OfOddClass(
+    web.HTTPBadRequest,
+    metaclass=type("Meta", (Unasked, type(web.HTTPBadRequest)), {}),  # type: ignore[misc]
+):
+    pass
+
+
+@pytest.mark.parametrize("api", GUARDS)
+def test_an_exception_of_an_odd_class_is_answered(api: str) -> None:
+    """Only the interpreter says what it is."""
+
+    async def fail(request: web.Request) -> web.Response:
+        raise OfOddClass
+
+    def add(app: web.Application) -> None:
+        app.router.add_get("/fail", fail)
+        app.middlewares.append(idle)
+
+    assert run(left_by(add, "/fail", 400, lambda app: None)) == 3
+    assert run(left_by(add, "/fail", 400, GUARDS[api])) == 0
+
+
+class LooksLikeOne(Exception):
+    """No weak reference can be made to it, and it is none of aiohttp's."""
+
+    __slots__ = ()
+    __http_exception__ = True
+
+
+def test_what_only_looks_like_a_response_is_noted_as_an_error() -> None:
+    """Nothing is complained of."""
+
+    async def fail(request: web.Request) -> web.Response:
+        raise LooksLikeOne
+
+    def add(app: web.Application) -> None:
+        app.router.add_get("/fail", fail)
+        app.middlewares.append(idle)
+
+    before = guard.errors()
+    assert run(left_by(add, "/fail", 500, setup)) == 0
+    assert guard.errors() == before
+
+
+# Each transport says of itself that it was never closed.
+@pytest.mark.filterwarnings("ignore")
+def test_loops_that_are_closed_too_early_leave_no_entries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A connection that never ends is collected with what it has put off."""
+    # What cannot be raised when a task is thrown away: pytest's hook would hold it.
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+
+    async def leave_open() -> List[Client]:
+        app = application()
+        setup(app)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        service = await start(runner)
+        clients = [await service.connect() for _ in range(3)]
+        for client in clients:
+            assert await ask(client, "/refuse/1") == 400
+        assert len(guard.pending) == 3
+        return clients
+
+    for _ in range(3):
+        loop = asyncio.new_event_loop()
+        clients = loop.run_until_complete(leave_open())
+        loop.close()
+        for client in clients:
+            client.close()
+        for _ in range(3):  # finalizers make garbage of their own
+            gc.collect()
+        assert not guard.pending
+        assert not guard.connections
