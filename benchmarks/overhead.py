@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -27,7 +28,10 @@ async def measure(
     rounds: int, size: int, objects: int, kinds: List[str], seed: int
 ) -> Taken:
     others = make_objects(objects)
-    connections = {way: [Connection(await serve(way))] for way in WAYS}
+    # In another order in each process: what was made first lies elsewhere in memory.
+    order = random.Random(seed).sample(list(WAYS), len(WAYS))
+    made = {way: [Connection(await serve(way))] for way in order}
+    connections = {way: made[way] for way in WAYS}
     await asyncio.sleep(0)
     taken = {
         kind: await by_turns(connections, kind, rounds, size, seed) for kind in kinds
