@@ -937,9 +937,9 @@ def follow_connection(task: Any) -> "Optional[_Connection]":
     return connection
 
 
-def has_put_off(found: "ref[_Connection]") -> bool:
-    """Whether a connection has put something off."""
-    connection = found()
+def has_put_off(request: web.BaseRequest) -> bool:
+    """Whether a request's connection has put something off."""
+    connection = _connection_of(connection_task(request))
     return connection is not None and connection.put_off is not None
 
 

@@ -196,8 +196,11 @@ def _make_layer(options: Options) -> "Middleware":
             raise
         # Most keep nothing, on a connection that is followed already: this is all that
         # they pay for.
-        found = connections.get(id(connection_of_plain(request, response)))
-        if found is None or calls_are_followed or (pending and has_put_off(found)):
+        if (
+            id(connection_of_plain(request, response)) not in connections
+            or calls_are_followed
+            or (pending and has_put_off(request))
+        ):
             passed(request, response, options)
         return response
 
