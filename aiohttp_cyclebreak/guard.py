@@ -195,6 +195,8 @@ class _Request(_Holder):
     __slots__ = (
         "request",
         "options",
+        "are_default",
+        "releases_body",
         "connection",
         "calls",
         "callers",
@@ -209,10 +211,20 @@ class _Request(_Holder):
         self.request = request
         self.connection = connection  # aiohttp lets go of request.task before the end
         self.options: List[Options] = []
+        self.are_default = True  # all of those
+        self.releases_body = False  # one of those
         self.calls: List[_Serving] = []
         self.callers: Dict[int, ref[asyncio.Task[Any]]] = {}  # whose calls failed
         self.looks = False
         self.kept = False
+
+    def add(self, options: Options) -> None:
+        for each in self.options:
+            if each is options:
+                return
+        self.options.append(options)
+        self.are_default = self.are_default and options.are_default
+        self.releases_body = self.releases_body or options.release_body
 
     def note_call(self, exc: BaseException, task: "asyncio.Task[Any]") -> None:
         self.note(exc)
@@ -257,11 +269,13 @@ class _Request(_Holder):
                 for error in serving.errors():
                     self.note(error)
             self._let_go()
-            if self.connection is not None:
-                self.connection.following -= 1
-                self.connection.sever_later_ones()
+            connection = self.connection
+            if connection is not None:
+                connection.following -= 1
+                if connection.later:
+                    connection.sever_later_ones()
             if not self.kept:
-                if not self._drop(task):
+                if self.exceptions and not self._drop(task):
                     self._sever(self.exceptions)
                 self._release(task)
         except Exception:
@@ -280,7 +294,7 @@ class _Request(_Holder):
         connection = self.connection
         if len(self.exceptions) != 1 or connection is None or not COUNTS_ARE_EXACT:
             return False
-        if not all(options.are_default for options in self.options):
+        if not self.are_default:
             return False
         # The frames of a websocket's handler are to be looked at.
         if hdrs.UPGRADE in self.request.headers:
@@ -306,11 +320,12 @@ class _Request(_Holder):
             frames = sum(1 for _ in frames_of(exc))
             self._tell(exc, Cut(exceptions=1, tracebacks=frames, frames=frames))
         if exc is response:  # some of the count may be made up by somebody else
-            visited: Dict[int, FrameType] = {}
-            for frame in frames_of(exc):
-                empty_with_callers(frame, visited)
-                if not self.request.body_exists:
-                    break  # all that the others have can wait for the response's end
+            empty_with_callers(next(frames_of(exc)), {})
+            if self.request.body_exists:
+                # The others go with the response, and that may be much later.  They are
+                # over: what runs or is suspended has its frame as well.
+                for frame in frames_of(exc):
+                    frame.clear()
         else:
             detach(exc)
         return True
@@ -384,10 +399,9 @@ class _Request(_Holder):
             internals.forget_missing_route(request)
         if not request.body_exists:
             return
-        if self._is_last_holder():
+        if internals.has_read_body(request) and self._is_last_holder():
             internals.release_read_body(request)
-        release_body = any(options.release_body for options in self.options)
-        if release_body and request.content.is_eof():
+        if self.releases_body and request.content.is_eof():
             internals.release_body(request, BodyReleasedError)
         elif not internals.release_payload(request):
             # The client still sends the body; aiohttp reads on for a while.
@@ -909,8 +923,7 @@ def _take_part(followed: _Request, serving: _Serving) -> None:
     if serving not in followed.calls:
         followed.calls.append(serving)
     for options in serving.options:
-        if not any(each is options for each in followed.options):
-            followed.options.append(options)
+        followed.add(options)
 
 
 def kept_requests() -> Set[int]:
@@ -983,8 +996,8 @@ def _follow(request: web.BaseRequest, options: Optional[Options]) -> Optional[_R
             exc = connection.take_back_of(request)
             if exc is not None:
                 followed.note(exc)
-    if options is not None and not any(each is options for each in followed.options):
-        followed.options.append(options)
+    if options is not None:
+        followed.add(options)
     if calls_are_followed:
         serving = _calls_of(request)
         if serving is not None:

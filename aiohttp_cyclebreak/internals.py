@@ -40,6 +40,7 @@ __all__ = (
     "guard_connections",
     "has_gone_on",
     "has_middlewares",
+    "has_read_body",
     "has_request",
     "is_awaited",
     "is_being_answered",
@@ -409,6 +410,17 @@ def release_body(request: web.BaseRequest, error: Type[BaseException]) -> None:
     if hasattr(request.content, "_buffer"):
         request.content._buffer = deque()
     release_read_body(request)
+
+
+def has_read_body(request: web.BaseRequest) -> bool:
+    """Whether a request has the body that was read, or what was parsed from it.
+
+    aiohttp: as :func:`release_read_body`.
+    """
+    return (
+        getattr(request, "_read_bytes", None) is not None
+        or getattr(request, "_post", None) is not None
+    )
 
 
 def release_read_body(request: web.BaseRequest) -> None:

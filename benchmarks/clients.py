@@ -28,9 +28,12 @@ def check(answer: bytes, status: bytes) -> None:
 
 
 async def upload(
-    port: int, number: int, at_a_time: int, size: int, keep_alive: bool
+    port: int, number: int, at_a_time: int, size: int, keep_alive: bool, over: float
 ) -> List[float]:
     """POST bodies that are refused, on kept connections or each on one of its own.
+
+    The clients begin one after the other, *over* so many seconds: otherwise the slowest
+    requests would be those of the first burst, whatever serves them.
 
     Returns:
         For each, the seconds from connecting or sending to the end of the answer.
@@ -42,8 +45,9 @@ async def upload(
     taken: List[float] = []
     left = iter(range(number))
 
-    async def one_after_another() -> None:
+    async def one_after_another(delay: float) -> None:
         sock = None
+        await asyncio.sleep(delay)
         for _ in left:
             start = time.perf_counter()
             if sock is None:
@@ -65,7 +69,8 @@ async def upload(
         if sock is not None:
             sock.close()
 
-    await asyncio.gather(*(one_after_another() for _ in range(at_a_time)))
+    delays = [over * client / at_a_time for client in range(at_a_time)]
+    await asyncio.gather(*map(one_after_another, delays))
     return taken
 
 

@@ -68,11 +68,16 @@ class Uploads(NamedTuple):
         return self.at_a_time * self.size
 
     async def warm_up(self, service: Service) -> Any:
-        await upload(service.port, 20, 5, 1000, True)
+        await upload(service.port, 20, 5, 1000, True, 0)
 
     async def run(self, service: Service, _: Any) -> List[float]:
         return await upload(
-            service.port, self.number, self.at_a_time, self.size, self.keep_alive
+            service.port,
+            self.number,
+            self.at_a_time,
+            self.size,
+            self.keep_alive,
+            self.hold,
         )
 
 
