@@ -29,6 +29,7 @@ from typing import (
 )
 from weakref import WeakKeyDictionary, getweakrefs, ref
 
+import aiohttp
 from aiohttp import hdrs, web
 
 from . import internals
@@ -47,6 +48,7 @@ from .sever import (
     cause_of,
     context_of,
     detach,
+    empty,
     empty_with_callers,
     frames_of,
     graph,
@@ -118,7 +120,7 @@ connections: "Dict[int, ref[_Connection]]" = {}
 _callers: "Dict[int, ref[_Caller]]" = {}
 # Who has noted an exception.
 _in_hand: "Dict[int, Tuple[ref[_Holder], ...]]" = {}
-# Connections that have put an exception off, by the id of that.
+# Connections that have put an exception off, or still have one later, by its id.
 pending: "Dict[int, ref[_Connection]]" = {}
 
 # Where a request has what follows it, beside its own attributes.
@@ -278,6 +280,13 @@ class _Request(_Holder):
                 if self.exceptions and not self._drop(task):
                     self._sever(self.exceptions)
                 self._release(task)
+                if connection is not None and internals.has_read_body(self.request):
+                    if self.exceptions:
+                        # The task's other callbacks may come to it by its response.
+                        release = self._release_read_body
+                        task.get_loop().call_soon(release, connection, self.exceptions)
+                    else:
+                        self._release_read_body(connection, [])
         except Exception:
             _complain("severing a request")
         finally:
@@ -321,11 +330,6 @@ class _Request(_Holder):
             self._tell(exc, Cut(exceptions=1, tracebacks=frames, frames=frames))
         if exc is response:  # some of the count may be made up by somebody else
             empty_with_callers(next(frames_of(exc)), {})
-            if self.request.body_exists:
-                # The others go with the response, and that may be much later.  They are
-                # over: what runs or is suspended has its frame as well.
-                for frame in frames_of(exc):
-                    frame.clear()
         else:
             detach(exc)
         return True
@@ -344,8 +348,7 @@ class _Request(_Holder):
         if in_use is not None:
             _leave(sorted_out.in_flight, self._clears_frames)
         elif self.connection is not None:
-            for exc in sorted_out.in_flight:
-                self.connection.later[id(exc)] = exc, self._clears_frames
+            self.connection.keep_for_later(sorted_out.in_flight, self._clears_frames)
         for root, own in sorted_out.ready:
             own += _websocket_errors(self.request, own)
             cut = sever(own, clear_frames=self._clears_frames, spare=sorted_out.spare)
@@ -399,29 +402,45 @@ class _Request(_Holder):
             internals.forget_missing_route(request)
         if not request.body_exists:
             return
-        if internals.has_read_body(request) and self._is_last_holder():
-            internals.release_read_body(request)
+        connection = self.connection
         if self.releases_body and request.content.is_eof():
             internals.release_body(request, BodyReleasedError)
-        elif not internals.release_payload(request):
+        elif not internals.release_payload(request.content) and connection is not None:
             # The client still sends the body; aiohttp reads on for a while.
-            if self.connection is not None:
-                self.connection.unread = request
+            connection.unread = request.content
 
-    def _is_last_holder(self) -> bool:
-        """Whether nobody but the connection's task has the request still.
+    def _release_read_body(
+        self, connection: "_Connection", exceptions: List[BaseException]
+    ) -> None:
+        """Let go of the body, if nobody but the connection's task has the request.
 
-        Nobody can read its body any more then, which an idle connection would keep
-        until its next request.
+        Nobody can read it any more then, and an idle connection would keep it until
+        its next request.
         """
-        connection = self.connection
-        if connection is None or not COUNTS_ARE_EXACT or getweakrefs(self.request):
-            return False
-        # The attribute, the caller's variable, the argument; the connection's variable.
-        known = 3 + internals.connection_holds(
-            connection.coroutine, connection.frame, self.request
-        )
-        return getrefcount(self.request) == known
+        try:
+            request = self.request
+            if not COUNTS_ARE_EXACT or getweakrefs(request):
+                return
+            for exc in exceptions:
+                # What is left of the response's traceback goes with the response only.
+                # The list, the variable, the argument; the connection's variable.
+                known = 3 + internals.connection_holds(
+                    connection.coroutine, connection.frame, exc
+                )
+                if getrefcount(exc) == known and owns_its_traceback(exc):
+                    for frame in frames_of(exc):
+                        empty(frame)
+            # The attribute, the variable, the argument; the connection's variable.
+            known = 3 + internals.connection_holds(
+                connection.coroutine, connection.frame, request
+            )
+            if (
+                getrefcount(request) == known
+                and getrefcount(request.__dict__) == _UNSHARED_DICT
+            ):
+                internals.release_read_body(request)
+        except Exception:
+            _complain("releasing a body")
 
 
 class _InUse:
@@ -580,7 +599,7 @@ class _Connection:
         self.coroutine: Any = task.get_coro()
         self.frame = internals.connection_frame(task)
         self.errors: List[BaseException] = []
-        self.unread: Optional[web.BaseRequest] = None
+        self.unread: Optional[aiohttp.StreamReader] = None  # of a body
         # Exceptions that somebody had in hand, and whether to clear their frames.
         self.later: Dict[int, Tuple[BaseException, bool]] = {}
         self.following = 0  # requests by a callback of their task
@@ -668,8 +687,7 @@ class _Connection:
             sorted_out = _sort_out(exceptions, lambda exc: False, _InUse())
             for _, own in sorted_out.ready:
                 sever(own, spare=sorted_out.spare)
-            for exc in sorted_out.in_flight:
-                self.later[id(exc)] = exc, True
+            _leave(sorted_out.in_flight)
         except Exception:
             _complain("severing what was put off")
 
@@ -677,11 +695,30 @@ class _Connection:
         """Whether it waits for the task of a request still."""
         return internals.is_being_answered(self.task())
 
+    def keep_for_later(
+        self, exceptions: Iterable[BaseException], clear_frames: bool
+    ) -> None:
+        """Keep what somebody has in hand, until the connection goes on or ends."""
+        for exc in exceptions:
+            self.later[id(exc)] = exc, clear_frames
+            pending[id(exc)] = self.reference
+
     def sever_later_ones(self) -> None:
-        for key, (exc, clear_frames) in list(self.later.items()):
-            if not (_somebody_has(exc) or in_flight(exc)):
-                del self.later[key]
-                sever([exc], clear_frames=clear_frames)
+        later, self.later = self.later, {}
+        for key in later:
+            pending.pop(key, None)
+        clear_frames = all(clear for _, clear in later.values())
+        roots = [exc for exc, _ in later.values()]
+        sorted_out = _sort_out(roots, lambda exc: False, _InUse())
+        still = [exc for exc in roots if _somebody_has(exc)]
+        still += [exc for exc in sorted_out.in_flight if id(exc) in later]
+        self.keep_for_later(still, clear_frames)
+        # What these lead to may be kept, or is looked at by others.
+        ready = [exc for _, own in sorted_out.ready for exc in own]
+        spare = sorted_out.spare
+        spare += [f for exc in ready if id(exc) not in later for f in frames_of(exc)]
+        own = [exc for exc in ready if id(exc) in later]
+        sever(own, clear_frames=clear_frames, spare=spare)
 
     def done(self, task: "asyncio.Future[Any]") -> None:
         try:
@@ -690,7 +727,8 @@ class _Connection:
             if self.unread is not None:
                 internals.release_payload(self.unread)
             self.sever_later_ones()
-            for exc, clear_frames in self.later.values():
+            for key, (exc, clear_frames) in self.later.items():
+                pending.pop(key, None)
                 _leave([exc], clear_frames)
             for error in self.errors:
                 sever(graph(error))
@@ -797,8 +835,11 @@ def begin(request: web.BaseRequest, options: Options) -> None:
     try:
         if pending:
             connection = _connection_of(connection_task(request))
-            if connection is not None and connection.put_off is not None:
-                connection.sever_put_off(request)
+            if connection is not None:
+                if connection.put_off is not None:
+                    connection.sever_put_off(request)
+                if connection.later:
+                    connection.sever_later_ones()
         if not calls_are_followed or not internals.is_request(request):
             return
         serving = _serving.get()
@@ -1057,6 +1098,10 @@ def note_last(
     except Exception:
         _complain("putting off an exception")
     note(request, exc, options)
+
+
+# How many references there are to a __dict__ that is of one object only.
+_UNSHARED_DICT = getrefcount(logger.__dict__)
 
 
 def _count_references(exc: BaseException) -> int:

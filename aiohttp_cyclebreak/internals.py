@@ -101,7 +101,8 @@ def request_task(request: web.BaseRequest) -> "Optional[asyncio.Task[Any]]":
     if loop_of is None or loop_of() is not running:
         return None  # as above, while another loop happens to run
     if current is not None:
-        if getattr(current.get_coro(), "cr_code", None) is HANDLE_REQUEST:
+        coroutine = current.get_coro() if hasattr(current, "get_coro") else None
+        if getattr(coroutine, "cr_code", None) is HANDLE_REQUEST:
             return current
     # In a task of the application's own: aiohttp must still be at this request.
     if not is_current(request):
@@ -129,11 +130,10 @@ def runs_in_own_task(request: web.BaseRequest) -> bool:
         return False  # the coroutine is thrown away
     if current is None or HANDLE_REQUEST is None:
         return False
-    if getattr(current.get_coro(), "cr_code", None) is not HANDLE_REQUEST:
-        return False
     try:
-        return is_current(request)
-    except Exception:  # an application may pass on an object of its own as a request
+        code = getattr(current.get_coro(), "cr_code", None)
+        return code is HANDLE_REQUEST and is_current(request)
+    except Exception:  # a task, or what is passed on as a request, may be of any class
         return False
 
 
@@ -373,7 +373,7 @@ def kept_exceptions(request: web.BaseRequest) -> List[BaseException]:
     return kept
 
 
-def release_payload(request: web.BaseRequest) -> bool:
+def release_payload(payload: aiohttp.StreamReader) -> bool:
     """Let a body that is read too late raise an error of the reader's own.
 
     After the response aiohttp arms the payload with a ``PayloadAccessError``.
@@ -388,7 +388,6 @@ def release_payload(request: web.BaseRequest) -> bool:
     Returns:
         Whether the payload is armed, so that nothing is left to do.
     """
-    payload = request.content
     error = payload.exception()
     if isinstance(error, web.PayloadAccessError):
         payload.set_exception(web.PayloadAccessError)  # type: ignore[arg-type]

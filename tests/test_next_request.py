@@ -890,6 +890,45 @@ def test_the_callbacks_of_a_task_find_its_locals(api: str, loop: str) -> None:
     assert found == [True, True]
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("api", GUARDS)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_later_callback_finds_the_locals_of_the_response(
+    method: str, api: str, loop: str
+) -> None:
+    """It comes after the library's own, and nobody has the response but the task."""
+    found: List[bool] = []
+
+    async def fail(request: web.Request) -> web.Response:
+        marker = await request.text()
+        raise web.HTTPBadRequest(text=marker)
+
+    async def add_callback(request: web.Request, response: Any) -> None:
+        task: Any = asyncio.current_task()
+        task.add_done_callback(
+            lambda task: found.append(has_local(task.result()[0], "fail", "marker"))
+        )
+
+    async def main() -> None:
+        app = application()
+        app.router.add_route("*", "/fail", fail)
+        app.on_response_prepare.append(add_callback)
+        GUARDS[api](app)
+        async with serve(app) as service:
+            client = await service.connect()
+            if method == "POST":
+                await client.post("/fail", b"body")
+            else:
+                await client.get("/fail")
+            assert (await client.answer())[0] == 400
+            await spin()
+            client.close()
+            await service.settle()
+
+    run(main(), loop)
+    assert found == [True]
+
+
 class Own:
     """What an application makes of a request, and gives to its handlers."""
 
@@ -1020,3 +1059,123 @@ def test_loops_that_are_closed_too_early_leave_no_entries(
             gc.collect()
         assert not guard.pending
         assert not guard.connections
+
+
+def test_what_another_task_had_in_hand_goes_when_the_connection_goes_on() -> None:
+    """Also if no request comes to it that has to be followed."""
+
+    async def main() -> List[List[str]]:
+        go_on = asyncio.Event()
+        shared = [web.HTTPBadRequest()]
+        left = []
+
+        async def work() -> None:
+            try:
+                raise shared[0]
+            except web.HTTPBadRequest:
+                await go_on.wait()
+
+        async def fail(request: web.Request) -> web.Response:
+            raise shared[0]
+
+        app = application()
+        app.router.add_get("/shared", fail)
+        setup(app)
+        async with serve(app) as service:
+            task = asyncio.ensure_future(work())
+            client = await service.connect()
+            assert await ask(client, "/shared") == 400
+            await spin()
+            go_on.set()
+            await task
+            shared.clear()
+            del task
+            for path in ("/", "/refuse/1"):
+                await ask(client, path)
+                await ask(client, "/")
+                await spin()
+                left.append([each.path for each in alive()])
+            client.close()
+            await service.settle()
+        return left
+
+    with no_collector():
+        assert run(main()) == [["/"], ["/"]]
+
+
+class TaskOfItsOwn:
+    """All that asyncio asks of the current task; it has no coroutine to show."""
+
+    def get_loop(self) -> Any:
+        return asyncio.get_running_loop()
+
+
+@web.middleware
+async def in_task_of_its_own(request: web.Request, handler: Any) -> web.StreamResponse:
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    other: Any = TaskOfItsOwn()
+    asyncio.tasks._leave_task(loop, task)  # type: ignore[attr-defined]
+    asyncio.tasks._enter_task(loop, other)  # type: ignore[attr-defined]
+    try:
+        return await handler(request)  # type: ignore[no-any-return]
+    finally:
+        asyncio.tasks._leave_task(loop, other)  # type: ignore[attr-defined]
+        asyncio.tasks._enter_task(loop, task)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("api", GUARDS)
+def test_a_task_of_another_class_is_answered(api: str) -> None:
+    """It need not have get_coro(): asyncio's documents do not ask for that."""
+
+    async def main() -> int:
+        app = application(in_task_of_its_own)
+        GUARDS[api](app)
+        async with serve(app) as service:
+            return (await service.ask("/refuse/1"))[0]
+
+    assert run(main()) == 400
+
+
+def test_what_shares_a_frame_with_another_request_waits_for_that() -> None:
+    """A frame that the other one can still look into is left as it is."""
+    found: List[bool] = []
+
+    async def main() -> None:
+        error = ValueError()
+        waiting, go_on = asyncio.Event(), asyncio.Event()
+
+        async def refused(request: web.Request) -> web.Response:
+            marker = request.path
+            try:
+                raise error
+            except ValueError as exc:
+                raise web.HTTPBadRequest(text=marker) from exc
+
+        async def waits(request: web.Request) -> web.Response:
+            try:
+                raise error
+            except ValueError as exc:
+                waiting.set()
+                await go_on.wait()
+                found.append(has_local(exc, "refused", "marker"))
+            return web.Response()
+
+        app = application()
+        app.router.add_get("/refused", refused)
+        app.router.add_get("/waits", waits)
+        setup(app)
+        async with serve(app) as service:
+            other, client = await service.connect(), await service.connect()
+            await other.get("/waits")
+            await waiting.wait()
+            for path, status in (("/refused", 400), ("POST", 200), ("/", 200)):
+                assert await ask(client, path) == status
+                await spin()
+            go_on.set()
+            assert (await other.answer())[0] == 200
+            client.close()
+            other.close()
+            await service.settle()
+
+    run(main())
+    assert found == [True]

@@ -21,7 +21,7 @@ from aiohttp_cyclebreak import (
     setup,
 )
 
-from .service import LOOPS, Service, run, serve, spin
+from .service import LOOPS, Service, alive, no_collector, run, serve, spin
 from .test_server import start
 
 CONNECTIONS = 200
@@ -186,7 +186,19 @@ def keep_in_context(request: web.Request) -> Any:
     return lambda: context[in_context]
 
 
-@pytest.mark.parametrize("keep", [strongly, weakref.ref, keep_in_context])
+class Typed(web.Request):
+    """Has all that the request has, and not the request."""
+
+    def __init__(self, request: web.Request) -> None:
+        self.__dict__ = request.__dict__
+
+
+def share_state(request: web.Request) -> Any:
+    typed = Typed(request)
+    return lambda: typed
+
+
+@pytest.mark.parametrize("keep", [strongly, weakref.ref, keep_in_context, share_state])
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("guard", GUARDS)
 def test_whoever_has_the_request_can_read_it_on(
@@ -305,3 +317,30 @@ def test_the_connection_goes_on() -> None:
             return answers
 
     assert run(main()) == [(200, "3"), (200, "100000"), (200, "0"), (200, "5")]
+
+
+def test_an_unread_body_does_not_keep_its_request() -> None:
+    """The client has sent the rest, and the connection has gone on."""
+
+    async def main() -> List[str]:
+        app = application(ignore)
+        app.router.add_route("*", "/unread", ignore)
+        setup(app)
+        async with serve(app) as service:
+            client = await service.connect()
+            head = b"POST /unread HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+            await client.send(head % 100_000)
+            await client.answer()
+            await spin()
+            await client.send(bytes(100_000))
+            for _ in range(2):
+                await client.get("/unread")
+                await client.answer()
+                await spin()
+            methods = [each.method for each in alive() if each.path == "/unread"]
+            client.close()
+            await service.settle()
+            return methods
+
+    with no_collector():
+        assert run(main()) == ["GET"]
