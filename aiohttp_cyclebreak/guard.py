@@ -726,7 +726,8 @@ class _Connection:
             self.sever_put_off(None)
             if self.unread is not None:
                 internals.release_payload(self.unread)
-            self.sever_later_ones()
+            if self.later:
+                self.sever_later_ones()
             for key, (exc, clear_frames) in self.later.items():
                 pending.pop(key, None)
                 _leave([exc], clear_frames)
