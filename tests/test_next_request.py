@@ -13,7 +13,7 @@ from aiohttp import web
 
 from aiohttp_cyclebreak import cyclebreak, guard, guard_server, setup
 
-from .service import LOOPS, Client, alive, no_collector, run, serve, spin
+from .service import AIOHTTP, LOOPS, Client, alive, no_collector, run, serve, spin
 from .test_server import start
 
 pytestmark = pytest.mark.usefixtures("few_objects")
@@ -897,6 +897,8 @@ def test_a_later_callback_finds_the_locals_of_the_response(
     method: str, api: str, loop: str
 ) -> None:
     """It comes after the library's own, and nobody has the response but the task."""
+    if method == "POST" and AIOHTTP < (3, 10, 6):
+        pytest.skip("the body has an error of its own: both are severed at once")
     found: List[bool] = []
 
     async def fail(request: web.Request) -> web.Response:
