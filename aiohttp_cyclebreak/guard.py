@@ -16,6 +16,7 @@ from functools import partial
 from sys import getrefcount
 from types import FrameType
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     Coroutine,
@@ -64,6 +65,7 @@ from .sever import (
 )
 
 __all__ = (
+    "Watching",
     "begin",
     "calls_are_followed",
     "complain",
@@ -142,6 +144,18 @@ def _take_from_hand(key: int, holder: "ref[_Holder]") -> None:
     others = tuple(each for each in _in_hand.pop(key, ()) if each is not holder)
     if others:
         _in_hand[key] = others
+
+
+if TYPE_CHECKING:
+    _RequestReference = ref[web.BaseRequest]
+else:  # which cannot be subscripted before Python 3.9
+    _RequestReference = ref
+
+
+class Watching(_RequestReference):
+    """A weak reference to a request by which the library never reads its body."""
+
+    __slots__ = ()
 
 
 def _name(function: Any) -> str:
@@ -419,8 +433,11 @@ class _Request(_Holder):
         """
         try:
             request = self.request
-            if not COUNTS_ARE_EXACT or getweakrefs(request):
+            if not COUNTS_ARE_EXACT:
                 return
+            for reference in getweakrefs(request):
+                if type(reference) is not Watching:
+                    return
             for exc in exceptions:
                 # What is left of the response's traceback goes with the response only.
                 # The list, the variable, the argument; the connection's variable.
@@ -755,7 +772,7 @@ class _Serving(Calls):
         self.over = False  # tasks that outlive the request are on their own
         # Every task that a handler starts, and for as long as it runs, has this in
         # its context.
-        self.request = ref(request)
+        self.request = Watching(request)
 
 
 class _Caller(_Holder):

@@ -25,7 +25,7 @@ from aiohttp import web
 
 from . import internals
 from .counts import UNMATCHED, Counts, Stats, route_of
-from .guard import complain, errors, kept_requests
+from .guard import Watching, complain, errors, kept_requests
 from .options import switched_off
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Watch:
     def add(self, request: web.BaseRequest) -> None:
         """Watch a request; this runs for every one."""
         try:
-            self._unsettled.append(ref(request))
+            self._unsettled.append(Watching(request))
             if len(self._unsettled) > self._many:
                 self._forget_dead()
         except Exception:

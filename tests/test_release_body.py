@@ -15,7 +15,10 @@ from aiohttp import web
 
 from aiohttp_cyclebreak import (
     BodyReleasedError,
+    Radar,
+    client_cyclebreak,
     cyclebreak,
+    guard,
     guard_server,
     keep_cycles,
     setup,
@@ -87,6 +90,7 @@ def test_idle_connections_hold_no_bodies(handler: Any) -> None:
 
     assert run(main(lambda app: None)) > CONNECTIONS * 400_000
     assert run(main(setup)) < 2**20
+    assert run(main(lambda app: setup(app, radar=Radar()))) < 2**20
     assert run(main(lambda app: setup(app, release_body=True))) < 2**20
 
 
@@ -344,3 +348,28 @@ def test_an_unread_body_does_not_keep_its_request() -> None:
 
     with no_collector():
         assert run(main()) == ["GET"]
+
+
+def test_following_outgoing_calls_keeps_no_body(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has a weak reference to each request; that reads no body."""
+    monkeypatch.setattr(guard, "calls_are_followed", False)
+    client_cyclebreak()
+    assert guard.calls_are_followed
+
+    async def main() -> List[Any]:
+        app = application(read)
+        app.router.add_post("/followed", read)
+        setup(app)
+        async with serve(app) as service:
+            client = await service.connect()
+            await client.post("/followed", b"body")
+            await client.answer()
+            await spin()
+            (request,) = [each for each in alive() if each.path == "/followed"]
+            client.close()
+            return [request._read_bytes]
+
+    gc.collect()
+    assert run(main()) == [None]
