@@ -59,6 +59,7 @@ class Uploads(NamedTuple):
     at_a_time: int = 100
     size: int = 500_000
     hold: float = 0.3
+    begin_over: float = 0.3
     keep_alive: bool = False
     rounds: int = 2
     fresh: bool = True  # a process of its own for each round
@@ -77,7 +78,7 @@ class Uploads(NamedTuple):
             self.at_a_time,
             self.size,
             self.keep_alive,
-            self.hold,
+            self.begin_over,
         )
 
 

@@ -91,9 +91,10 @@ def load_origin(part: Dict[str, Any], load: str) -> str:
             f"{of['number']:,} POSTs of {of['size'] // 1000} kB, {of['at_a_time']} at "
             f"a time, each read, held for {of['hold']} s and refused with "
             f"``web.HTTPBadRequest``: {of['at_a_time'] * of['size'] // 10**6} MB are "
-            f"in flight. They come {of['rounds']} times, to a new process each, and "
-            f"begin one after the other over {of['hold']} s. "
+            f"in flight. They come {of['rounds']} times, to a new process each. "
         )
+        if of.get("begin_over"):
+            text += f"They begin one after the other, over {of['begin_over']} s. "
     else:
         text = (
             f"{of['rate']:.0f} small requests a second on {of['connections']} kept "
