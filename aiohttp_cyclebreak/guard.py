@@ -1098,10 +1098,7 @@ def note_last(
         if options.are_silent and not calls_are_followed:
             task = connection_of_response(request, middleware)
             if task is not None and not leads_on(exc):
-                found = connections.get(id(task))
-                connection = None if found is None else found()
-                if connection is None:
-                    connection = follow_connection(task)
+                connection = follow_connection(task)
                 if connection is not None and not connection.following:
                     put_off = connection.put_off
                     if put_off is None:

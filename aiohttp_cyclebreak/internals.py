@@ -306,7 +306,7 @@ def has_gone_on(earlier: Any, request: Any) -> bool:
     no.
 
     Args:
-        earlier: the earlier one; None: it is gone.
+        earlier: the earlier one.
         request: a request, or a clone of it.
     """
     try:
@@ -316,8 +316,8 @@ def has_gone_on(earlier: Any, request: Any) -> bool:
         writer = request._payload_writer
         if current is None or current._payload_writer is not writer:
             return False
-        return earlier is None or earlier._payload_writer is not writer
-    except AttributeError:
+        return earlier._payload_writer is not writer
+    except Exception:  # an application may pass on an object of its own as a request
         return False
 
 

@@ -201,9 +201,8 @@ def kept(count: Callable[[], int], way: str) -> int:
     The fewest of several times: what is kept of each request is there every time,
     and a cache that is filled is not.
     """
-    found = array(
-        "q", [0] * WINDOWS
-    )  # a list would keep each number, which is counted too
+    # A list would keep each number, which is counted too.
+    found = array("q", [0] * WINDOWS)
 
     async def main() -> None:
         async with serving(way) as service:

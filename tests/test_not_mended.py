@@ -1,0 +1,96 @@
+"""What docs/safety.rst says is found and not mended: it is as bare, and no worse."""
+
+import asyncio
+import socket
+import struct
+from typing import Any, List
+
+import pytest
+from aiohttp import web
+
+from aiohttp_cyclebreak import setup
+
+from .service import AIOHTTP, alive, no_collector, run, serve, spin
+from .test_next_request import (
+    GUARDS,
+    application,
+    ask,
+    give_own,
+    left_by,
+    store_failure,
+)
+
+pytestmark = pytest.mark.usefixtures("few_objects")
+
+
+def test_what_is_stored_in_a_success_while_it_is_prepared() -> None:
+    """No middleware comes after that."""
+
+    def add(app: web.Application) -> None:
+        app.on_response_prepare.append(store_failure)
+
+    assert run(left_by(add, "/", 200, lambda app: None)) == 3
+    assert run(left_by(add, "/", 200, setup)) == 3
+
+
+@pytest.mark.parametrize(("api", "left"), [("appended", 3), ("setup", 0)])
+def test_what_handlers_raise_that_get_no_request(api: str, left: int) -> None:
+    """The outer end gets the request, and sees what comes out."""
+
+    def add(app: web.Application) -> None:
+        app.middlewares.append(give_own)
+
+    assert run(left_by(add, "/refuse/1", 400, lambda app: None)) == 3
+    assert run(left_by(add, "/refuse/1", 400, GUARDS[api])) == left
+
+
+def test_the_last_request_before_those_that_reach_no_middleware() -> None:
+    """There is one a connection, and it goes with that."""
+
+    async def main() -> List[List[str]]:
+        app = application()
+        setup(app)
+        async with serve(app) as service:
+            client = await service.connect()
+            for number in range(3):
+                assert await ask(client, f"/refuse/{number}") == 400
+            head = b"GET / HTTP/1.1\r\nHost: localhost\r\nExpect: nothing\r\n\r\n"
+            await client.send(head)
+            assert (await client.answer())[0] == 417
+            await spin()
+            refused = [each.path for each in alive() if each.path != "/"]
+            client.close()
+            await service.settle()
+            return [refused, [each.path for each in alive() if each.path != "/"]]
+
+    with no_collector():
+        assert run(main()) == [["/refuse/2"], []]
+
+
+@pytest.mark.skipif(AIOHTTP < (3, 14), reason="there is none before")
+def test_a_client_that_resets_while_a_large_response_is_sent() -> None:
+    """What aiohttp catches outside of all middlewares is for the collector."""
+
+    async def large(request: web.Request) -> web.Response:
+        return web.Response(body=bytes(50_000_000))
+
+    async def main(guard: Any) -> int:
+        app = application()
+        app.router.add_get("/large", large)
+        guard(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                for _ in range(3):
+                    client = await service.connect()
+                    await client.get("/large")
+                    await asyncio.sleep(0.1)
+                    # A reset, and no orderly end.
+                    client.sock.setsockopt(
+                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                    )
+                    client.close()
+                    await service.settle()
+            return len(alive()) - before
+
+    assert run(main(lambda app: None)) == run(main(setup)) == 3
