@@ -183,8 +183,7 @@ def _make_layer(options: Options) -> "Middleware":
     async def cyclebreak_middleware(
         request: web.Request, handler: "Handler"
     ) -> web.StreamResponse:
-        calls_are_followed = guard.calls_are_followed
-        if pending or calls_are_followed:
+        if pending or guard.calls_are_followed:
             begin(request, options)
         try:
             response = await handler(request)
@@ -198,7 +197,7 @@ def _make_layer(options: Options) -> "Middleware":
         # they pay for.
         if (
             id(connection_of_plain(request, response)) not in connections
-            or calls_are_followed
+            or guard.calls_are_followed
             or (pending and has_put_off(request))
         ):
             passed(request, response, options)
