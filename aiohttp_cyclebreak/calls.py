@@ -1,12 +1,17 @@
-"""What was an outgoing call made with? By weak reference: it holds nothing alive."""
+"""What were outgoing calls made with? By weak reference: it holds nothing alive."""
 
-from typing import Any, Dict, List
+from contextvars import ContextVar
+from typing import Any, Dict, List, Optional
 from weakref import ref
 
+from aiohttp import web
+
+from .holders import Watching
 from .internals import error_of_call
+from .options import Options
 from .sever import frames_of, graph
 
-__all__ = ("Calls",)
+__all__ = ("Calls", "Serving", "are_followed", "current", "follow", "serving_of")
 
 _MANY = 32
 
@@ -67,3 +72,36 @@ class Calls:
             if content is not None and not content.is_eof():
                 return True
         return False
+
+
+class Serving(Calls):
+    """The outgoing calls of one request, as its handlers and their tasks see it."""
+
+    __slots__ = ("options", "over", "request")
+
+    def __init__(self, request: web.BaseRequest, options: Options) -> None:
+        super().__init__()
+        self.options = [options]
+        self.over = False  # tasks that outlive the request are on their own
+        # Every task that a handler starts, and for as long as it runs, has this in
+        # its context.
+        self.request = Watching(request)
+
+
+# Whether any client session asks for it.
+are_followed = False
+current: "ContextVar[Optional[Serving]]" = ContextVar("current", default=None)
+
+
+def follow() -> None:
+    """Follow outgoing calls from now on; until then they cost a request nothing."""
+    global are_followed
+    are_followed = True
+
+
+def serving_of(request: web.BaseRequest) -> Optional[Serving]:
+    """The calls of a request that what runs now serves, if they are followed."""
+    serving = current.get()
+    if serving is None or serving.request() is not request:
+        return None
+    return serving

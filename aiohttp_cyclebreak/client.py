@@ -6,9 +6,8 @@ from typing import Any
 
 import aiohttp
 
-from . import internals
-from .guard import (
-    follow_calls,
+from . import calls, internals
+from .callers import (
     note_call,
     note_failed_call,
     note_last_attempt,
@@ -64,7 +63,7 @@ def client_cyclebreak() -> aiohttp.TraceConfig:
     if switched_off():
         logger.warning("AIOHTTP_CYCLEBREAK=off: outgoing calls are not followed")
         return trace_config
-    follow_calls()
+    calls.follow()
     signals: Any = trace_config  # aiohttp 3.10 declares its functions wrongly
     if internals.KEEPS_FIRST_ATTEMPTS:
         signals.on_connection_queued_start.append(_queued)

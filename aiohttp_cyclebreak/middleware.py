@@ -7,16 +7,10 @@ from weakref import WeakSet
 
 from aiohttp import web
 
-from . import guard, internals
-from .guard import (
-    begin,
-    connections,
-    has_put_off,
-    note,
-    note_last,
-    passed,
-    pending,
-)
+from . import calls, internals
+from .connections import followed_connections, has_put_off
+from .guard import begin, note, note_last, passed
+from .holders import pending
 from .internals import connection_of_plain
 from .options import BreakEvent, Options, make_options, switched_off
 from .radar import Radar, Watch, watch_application, watch_of
@@ -183,7 +177,7 @@ def _make_layer(options: Options) -> "Middleware":
     async def cyclebreak_middleware(
         request: web.Request, handler: "Handler"
     ) -> web.StreamResponse:
-        if pending or guard.calls_are_followed:
+        if pending or calls.are_followed:
             begin(request, options)
         try:
             response = await handler(request)
@@ -196,8 +190,8 @@ def _make_layer(options: Options) -> "Middleware":
         # Most keep nothing, on a connection that is followed already: this is all that
         # they pay for.
         if (
-            id(connection_of_plain(request, response)) not in connections
-            or guard.calls_are_followed
+            id(connection_of_plain(request, response)) not in followed_connections
+            or calls.are_followed
             or (pending and has_put_off(request))
         ):
             passed(request, response, options)

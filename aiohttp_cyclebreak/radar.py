@@ -24,8 +24,10 @@ from weakref import WeakKeyDictionary, ref
 from aiohttp import web
 
 from . import internals
+from .complaints import complain, errors
+from .connections import kept_requests
 from .counts import UNMATCHED, Counts, Stats, route_of
-from .guard import Watching, complain, errors, kept_requests
+from .holders import Watching
 from .options import switched_off
 
 if TYPE_CHECKING:

@@ -7,14 +7,8 @@ import aiohttp
 from aiohttp import web
 
 from . import internals
-from .guard import (
-    begin,
-    follow_connection,
-    note,
-    note_last,
-    note_parser_error,
-    passed,
-)
+from .connections import follow_connection, note_parser_error
+from .guard import begin, note, note_last, passed
 from .options import BreakEvent, Options, make_options, switched_off
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import Iterator
 
 import pytest
 
-from aiohttp_cyclebreak import guard
+from aiohttp_cyclebreak import calls, complaints
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +20,15 @@ def few_objects() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _no_complaint(request: pytest.FixtureRequest) -> Iterator[None]:
     """A failure in the library is swallowed, and must not be here."""
-    guard._complaints.clear()
+    complaints._complaints.clear()
     yield
-    complaints = set(guard._complaints)
-    guard._complaints.clear()
+    complained = set(complaints._complaints)
+    complaints._complaints.clear()
     if "expects_complaint" not in request.keywords:
-        assert not complaints
+        assert not complained
 
 
 @pytest.fixture(autouse=True)
 def _calls_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     """One client_cyclebreak() has all requests of the process looked at for calls."""
-    monkeypatch.setattr(guard, "calls_are_followed", False)
+    monkeypatch.setattr(calls, "are_followed", False)

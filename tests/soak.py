@@ -24,7 +24,7 @@ import aiohttp
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from aiohttp_cyclebreak import guard, guard_server
+from aiohttp_cyclebreak import callers, complaints, connections, guard_server, holders
 
 from .service import LOOPS, Client, Service, run
 from .test_hostile_clients import TEXT_FRAME, UPGRADE, get, post
@@ -33,7 +33,12 @@ from .test_interleavings import ANSWERS, Application
 CLIENTS = 8  # connections at a time, from the other process
 BODY = b"x" * 70_000
 COUNTED = (web.BaseRequest, web.StreamResponse, RequestHandler, BaseException)
-CONTAINERS = (guard.connections, guard._callers, guard._in_hand)
+CONTAINERS = (
+    connections.followed_connections,
+    callers._callers,
+    holders.in_hand,
+    holders.pending,
+)
 
 # One round of each client: what it sends, and what that is.
 ROUND: Tuple[Tuple[bytes, str], ...] = (
@@ -76,7 +81,7 @@ class Sample(NamedTuple):
             tuple(found.values()),
             len(gc.get_objects()),
             resident_size(),
-            (*map(len, CONTAINERS), len(guard._complaints)),
+            (*map(len, CONTAINERS), len(complaints._complaints)),
         )
 
 
@@ -218,8 +223,8 @@ def grown(samples: List[Sample]) -> List[str]:
             wrong.append(f"{number} of {name} are left")
     if any(last.containers[:-1]):
         wrong.append(f"entries are left in guard's containers: {last.containers}")
-    if guard._complaints:
-        wrong.append(f"it complained: {guard._complaints}")
+    if complaints._complaints:
+        wrong.append(f"it complained: {complaints._complaints}")
     # The first tenth fills caches.  What grows with the requests grows nine times as
     # much in the other nine; a third of that is taken for growth.
     for name in ("tracked", "resident"):
@@ -255,7 +260,7 @@ async def many(number: int, paths: Tuple[str, ...], stay: bool, bare: bool) -> s
             if stay:
                 assert len(server.connections) == number
             kept = requests_alive()
-            followed = len(guard.connections)
+            followed = len(connections.followed_connections)
             for client in clients:
                 client.close()
             await service.settle()

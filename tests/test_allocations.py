@@ -21,7 +21,7 @@ import pytest
 from aiohttp import web
 
 import aiohttp_cyclebreak
-from aiohttp_cyclebreak import cyclebreak, guard, guard_server, setup
+from aiohttp_cyclebreak import connections, cyclebreak, guard, guard_server, setup
 
 from .service import Client, Service, no_collector, run, spin
 
@@ -174,7 +174,8 @@ def test_a_successful_request_gets_no_callback(way):
 def test_a_plain_failure_gets_no_callback(way, monkeypatch):
     """Nor is it walked through, where nobody but aiohttp has it."""
     walked = []
-    monkeypatch.setattr(guard, "_sort_out", walked.append)
+    monkeypatch.setattr(guard, "sort_out", walked.append)
+    monkeypatch.setattr(connections, "sort_out", walked.append)
     bare = callbacks_of("bare", path="/fail")
     assert callbacks_of(way, path="/fail").of_requests == bare.of_requests
     assert not walked

@@ -33,9 +33,9 @@ from aiohttp.client_reqrep import ClientRequest
 
 from aiohttp_cyclebreak import (
     break_cycles,
+    calls,
     client_cyclebreak,
     cyclebreak,
-    guard,
     keep_cycles,
     setup,
 )
@@ -1154,7 +1154,7 @@ def test_successful_calls_leave_no_trace_of_themselves() -> None:
         async def handler(
             request: web.Request, session: aiohttp.ClientSession, url: str
         ) -> str:
-            serving = guard._serving.get()
+            serving = calls.current.get()
             assert serving is not None
             for _ in range(500):
                 await read(request, session, url)

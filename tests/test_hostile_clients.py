@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from aiohttp_cyclebreak import guard, guard_server, setup
+from aiohttp_cyclebreak import connections, guard_server, holders, setup
 
 from .service import (
     AIOHTTP,
@@ -479,14 +479,14 @@ def close_the_loop_and_collect_in(
     # What cannot be raised when a task is thrown away: pytest's hook would hold it.
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
     gc.collect()
-    held = len(guard.connections), len(guard._in_hand)
+    held = len(connections.followed_connections), len(holders.in_hand)
     with new_objects() as count:
         close_the_loop(name, end)
         main()
         for _ in range(3):  # finalizers make garbage of their own
             gc.collect()
         assert not any(count().values())
-    assert (len(guard.connections), len(guard._in_hand)) == held
+    assert (len(connections.followed_connections), len(holders.in_hand)) == held
 
 
 # Otherwise pytest holds the transport of each warning that one was never closed.

@@ -15,7 +15,7 @@ from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aiohttp_cyclebreak import guard, setup
+from aiohttp_cyclebreak import connections, holders, setup
 
 from .service import LOOPS, TIMEOUT, Client, run, serve, spin
 from .test_hostile_clients import TEXT_FRAME, UPGRADE, new_objects, until
@@ -299,7 +299,7 @@ async def interleave(
     application = Application()
     app = application.make()
     guard_app(app)
-    held = len(guard.connections), len(guard._in_hand)
+    held = len(connections.followed_connections), len(holders.in_hand)
     async with serve(app) as service:
         driver = Driver(application, service)
         await driver.ask("succeed", False)  # fills the caches
@@ -309,7 +309,7 @@ async def interleave(
                 await driver.do(step)
             await driver.end()
             left = count()
-            assert (len(guard.connections), len(guard._in_hand)) == held
+            assert (len(connections.followed_connections), len(holders.in_hand)) == held
     return left
 
 

@@ -10,7 +10,14 @@ from typing import Any, Callable, Dict, List
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import BreakEvent, cyclebreak, guard, setup
+from aiohttp_cyclebreak import (
+    BreakEvent,
+    connections,
+    cyclebreak,
+    guard,
+    holders,
+    setup,
+)
 
 from .service import Service, alive, no_collector, run, serve
 
@@ -466,23 +473,27 @@ def test_an_error_in_a_callback_is_logged_once(option: str, log: List[str]) -> N
 
 @pytest.mark.expects_complaint
 @pytest.mark.parametrize(
-    ("function", "options"),
+    ("module", "function", "options"),
     [
-        ("connection_of_response", {}),
-        ("_RETURNS", {}),
-        ("graph", {"keep": lambda request, exc: False}),
+        (guard, "connection_of_response", {}),
+        (connections, "_RETURNS", {}),
+        (holders, "graph", {"keep": lambda request, exc: False}),
     ],
     ids=["noted", "severed", "severed when the task is done"],
 )
 def test_an_error_of_our_own_is_logged_once(
-    function: str, options: Any, monkeypatch: pytest.MonkeyPatch, log: List[str]
+    module: Any,
+    function: str,
+    options: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    log: List[str],
 ) -> None:
     """It never reaches the client: while an exception is noted, or severed."""
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("in the library")
 
-    monkeypatch.setattr(guard, function, broken)
+    monkeypatch.setattr(module, function, broken)
 
     async def main() -> List[Any]:
         app = application()
@@ -594,8 +605,8 @@ def test_nothing_of_ours_outlives_the_connections() -> None:
     loop.close()
     del loop
     gc.collect()
-    assert not guard.connections
-    assert not guard._in_hand
+    assert not connections.followed_connections
+    assert not holders.in_hand
 
 
 def test_middlewares_work_with_mocked_requests() -> None:

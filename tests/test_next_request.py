@@ -11,7 +11,14 @@ from typing import Any, Callable, Dict, List
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import cyclebreak, guard, guard_server, setup
+from aiohttp_cyclebreak import (
+    complaints,
+    connections,
+    cyclebreak,
+    guard_server,
+    holders,
+    setup,
+)
 
 from .service import AIOHTTP, LOOPS, Client, alive, no_collector, run, serve, spin
 from .test_server import start
@@ -54,7 +61,7 @@ def has_local(exc: BaseException, function: str, name: str) -> bool:
 
 def nothing_is_held() -> bool:
     """Whether no connection holds what was on its way out of a request."""
-    found = [each() for each in list(guard.connections.values())]
+    found = [each() for each in list(connections.followed_connections.values())]
     return all(each is None or each.put_off is None for each in found)
 
 
@@ -185,7 +192,7 @@ def test_who_holds_the_exception_prints_all_of_it(
                 await spin()
                 assert line_is_there()
                 assert nothing_is_held()
-                assert not guard.pending or not swallowed
+                assert not holders.pending or not swallowed
             client.close()
             await service.settle()
 
@@ -461,7 +468,7 @@ def test_a_wrapped_request_is_answered_whatever_others_do() -> None:
         async with serve(fails) as one, serve(application(wrap, cyclebreak())) as other:
             client = await one.connect()
             assert await ask(client, "/refuse/1") == 400
-            assert guard.pending
+            assert holders.pending
             assert await other.ask("/") == (200, "ok")
             client.close()
             await one.settle()
@@ -601,7 +608,7 @@ def test_a_handler_that_outlives_its_request_is_not_held(api: str, loop: str) ->
             await asyncio.wait(tasks)
             assert isinstance(tasks.pop().exception(), web.HTTPBadRequest)
             await spin()
-            assert not guard.pending
+            assert not holders.pending
             assert nothing_is_held()
             assert await ask(client, "/missing") == 404
             await spin()
@@ -659,7 +666,7 @@ def test_what_is_swallowed_is_followed_to_the_end(
                     assert await ask(client, "/refuse/1") == 500
                     await spin()
                     assert nothing_is_held()
-                    assert not guard.pending
+                    assert not holders.pending
                     client.close()
                     await service.settle()
             return len(alive()) - before
@@ -1025,9 +1032,9 @@ def test_what_only_looks_like_a_response_is_noted_as_an_error() -> None:
         app.router.add_get("/fail", fail)
         app.middlewares.append(idle)
 
-    before = guard.errors()
+    before = complaints.errors()
     assert run(left_by(add, "/fail", 500, setup)) == 0
-    assert guard.errors() == before
+    assert complaints.errors() == before
 
 
 # Each transport says of itself that it was never closed.
@@ -1048,7 +1055,7 @@ def test_loops_that_are_closed_too_early_leave_no_entries(
         clients = [await service.connect() for _ in range(3)]
         for client in clients:
             assert await ask(client, "/refuse/1") == 400
-        assert len(guard.pending) == 3
+        assert len(holders.pending) == 3
         return clients
 
     for _ in range(3):
@@ -1059,8 +1066,8 @@ def test_loops_that_are_closed_too_early_leave_no_entries(
             client.close()
         for _ in range(3):  # finalizers make garbage of their own
             gc.collect()
-        assert not guard.pending
-        assert not guard.connections
+        assert not holders.pending
+        assert not connections.followed_connections
 
 
 def test_what_another_task_had_in_hand_goes_when_the_connection_goes_on() -> None:

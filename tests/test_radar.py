@@ -13,7 +13,15 @@ from typing import Any, Dict, Iterator, List
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import BreakEvent, Radar, Stats, guard, radar, setup, stats
+from aiohttp_cyclebreak import (
+    BreakEvent,
+    Radar,
+    Stats,
+    connections,
+    radar,
+    setup,
+    stats,
+)
 from aiohttp_cyclebreak.counts import Counts
 from aiohttp_cyclebreak.radar import Watch, watch_of
 
@@ -448,7 +456,7 @@ def test_a_request_whose_exception_another_one_has_is_not_reported() -> None:
                 await spin()
                 found = await look(app)
                 assert (found.alive, found.outlived) == (3, 1)
-                assert len(guard.kept_requests()) == 1
+                assert len(connections.kept_requests()) == 1
                 for later in (31.0, 62.0, 3600.0):
                     found = await look(app, later)
                     assert found.overdue == {}

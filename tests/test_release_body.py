@@ -16,9 +16,9 @@ from aiohttp import web
 from aiohttp_cyclebreak import (
     BodyReleasedError,
     Radar,
+    calls,
     client_cyclebreak,
     cyclebreak,
-    guard,
     guard_server,
     internals,
     keep_cycles,
@@ -355,9 +355,9 @@ def test_following_outgoing_calls_keeps_no_body(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It has a weak reference to each request; that reads no body."""
-    monkeypatch.setattr(guard, "calls_are_followed", False)
+    monkeypatch.setattr(calls, "are_followed", False)
     client_cyclebreak()
-    assert guard.calls_are_followed
+    assert calls.are_followed
 
     async def main() -> bool:
         app = application(read)

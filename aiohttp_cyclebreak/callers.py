@@ -1,0 +1,186 @@
+"""Who makes outgoing calls? Notes those that fail: a request's, or a task's own."""
+
+import asyncio
+import sys
+from functools import partial
+from typing import Any, Dict, List, Optional
+from weakref import ref
+
+from . import calls, internals
+from .calls import Calls, Serving
+from .complaints import complain
+from .guard import follow
+from .holders import MOST, Holder, InUse, in_hand, leave, look_into, sort_out
+from .sever import sever
+
+__all__ = (
+    "note_call",
+    "note_failed_call",
+    "note_last_attempt",
+    "note_successful_call",
+)
+
+# By the id of its task; as followed_connections.
+_callers: "Dict[int, ref[_Caller]]" = {}
+
+
+class _Caller(Holder):
+    """A task that makes outgoing calls outside of any guarded request."""
+
+    __slots__ = ("calls", "due", "task")
+
+    def __init__(self, task: "asyncio.Task[Any]") -> None:
+        super().__init__()
+        self.calls = Calls()
+        self.due: List[BaseException] = []
+        self.task = ref(task)
+
+    def call_ended(self) -> None:
+        """Sever what earlier calls have left, once the task waits for something.
+
+        Only then does the interpreter tell what the task has in hand.
+        """
+        current = sys.exc_info()[1]
+        waits = not self.due
+        self.due = [exc for exc in self.exceptions if exc is not current]
+        task = self.task()
+        if self.due and waits and task is not None:
+            task.get_loop().call_soon(self.sever_due_ones)
+
+    def sever_due_ones(self) -> None:
+        try:
+            due, self.due = self.due, []
+            task = self.task()
+            if task is not None and not task.done():
+                in_use = look_into([task])
+                self._sever(due, in_use)
+                self.calls.forget_dead()
+        except Exception:
+            complain("severing the calls of a task")
+
+    def done(self, task: "asyncio.Future[Any]") -> None:
+        try:
+            _callers.pop(id(task), None)
+            self.note_errors()
+            self._sever(self.exceptions, InUse())
+            leave(self.exceptions)
+        except Exception:
+            complain("severing the calls of a task")
+        finally:
+            self._let_go()
+            self.exceptions = []
+            self.due = []
+
+    def note_errors(self) -> None:
+        for error in self.calls.errors():
+            self.note(error)
+
+    def _sever(self, roots: List[BaseException], in_use: InUse) -> None:
+        self._take_out(roots)
+        sorted_out = sort_out(roots, lambda exc: False, in_use)
+        for _, own in sorted_out.ready:
+            sever(own, spare=sorted_out.spare)
+        for exc in sorted_out.in_flight[-MOST:]:
+            self.note(exc)
+
+
+def _calling_task() -> Optional[_Caller]:
+    task = asyncio.current_task()
+    if task is None:
+        return None
+    key = id(task)
+    found = _callers.get(key)
+    caller = None if found is None else found()
+    if caller is None:
+        caller = _Caller(task)
+        _callers[key] = ref(caller, partial(_callers.pop, key))
+        task.add_done_callback(caller.done)
+    return caller
+
+
+def note_call(made_with: Any) -> None:
+    """Remember what a call is made with, to which an error may come later.
+
+    This runs for every outgoing call, most of which succeed.
+
+    Args:
+        made_with: a response, a websocket or the protocol of a connection.
+    """
+    try:
+        serving = calls.current.get()
+        if serving is not None and not serving.over:
+            if serving.add(made_with):
+                _look_for_errors(serving)
+            return
+        caller = _calling_task()
+        if caller is None:
+            return
+        look = caller.calls.add(made_with)
+        if look:
+            caller.note_errors()
+        if caller.exceptions:
+            caller.call_ended()
+    except Exception:
+        complain("noting a call")
+
+
+def note_successful_call() -> None:
+    """Tell a task whose earlier calls have failed that another one has ended."""
+    if not in_hand:
+        return  # nobody's have
+    try:
+        serving = calls.current.get()
+        if serving is not None and not serving.over:
+            return
+        found = _callers.get(id(asyncio.current_task()))
+        caller = None if found is None else found()
+        if caller is not None and caller.exceptions:
+            caller.call_ended()
+    except Exception:
+        complain("noting a call")
+
+
+def _look_for_errors(serving: Serving) -> None:
+    request = serving.request()
+    if request is None:  # gone without an end: a clone of another one
+        serving.over = True
+        return
+    errors = serving.errors()
+    task = asyncio.current_task()
+    followed = follow(request, None) if errors and task is not None else None
+    for error in errors:
+        if followed is not None and task is not None:
+            followed.note_call(error, task)
+    serving.forget_dead()
+
+
+def note_failed_call(exc: BaseException) -> None:
+    """Remember the exception of an outgoing call; nothing about it changes yet."""
+    if type(exc) is GeneratorExit:
+        return
+    try:
+        serving = calls.current.get()
+        request = None if serving is None or serving.over else serving.request()
+        followed = None if request is None else follow(request, None)
+        task = asyncio.current_task()
+        if followed is not None and task is not None:
+            followed.note_call(exc, task)
+            return
+        # Outside of any, or nobody knows any more which task handles it.
+        caller = _calling_task()
+        if caller is not None:
+            caller.note_errors()
+            caller.note(exc)
+            caller.call_ended()
+    except Exception:
+        complain("noting a failed call")
+
+
+def note_last_attempt() -> None:
+    """Remember why the call that is on its way is tried again, if it is."""
+    try:
+        error = internals.error_of_last_attempt()
+        if error is not None:
+            note_failed_call(error)
+    except Exception:
+        complain("noting an attempt to call")

@@ -1,0 +1,275 @@
+"""When is a connection done? Follows it to the end of its task.
+
+What a plain request raises as its response, and nobody else has, is left to it: to its
+next request, until which aiohttp has it too, or to its end.
+"""
+
+import asyncio
+import gc
+from functools import partial
+from sys import getrefcount
+from typing import Any, Dict, Iterable, List, Optional, Set, Tuple
+from weakref import ref
+
+import aiohttp
+from aiohttp import web
+
+from . import internals
+from .complaints import complain
+from .holders import InUse, leave, pending, somebody_has, sort_out
+from .internals import HANDLE_REQUEST, connection_task, has_gone_on
+from .sever import (
+    cause_of,
+    context_of,
+    empty_with_callers,
+    frames_of,
+    graph,
+    is_finished,
+    leads_on,
+    owns_its_traceback,
+    returns_of,
+    sever,
+    traceback_of,
+)
+
+__all__ = (
+    "Connection",
+    "connection_of",
+    "follow_connection",
+    "followed_connections",
+    "has_put_off",
+    "kept_requests",
+    "note_parser_error",
+)
+
+# By the id of its task.  It keeps nothing alive: a connection is followed by a callback
+# of that, so one that is never finished (a loop that is closed too early) goes with it.
+followed_connections: "Dict[int, ref[Connection]]" = {}
+
+# Where the frame of a request's task is over; before CPython 3.13 frame.clear() closes
+# a coroutine that is suspended.
+_RETURNS = frozenset() if HANDLE_REQUEST is None else returns_of(HANDLE_REQUEST)
+
+
+class Connection:
+    """A connection that is followed to the end of its task."""
+
+    __slots__ = (
+        "coroutine",
+        "frame",
+        "errors",
+        "unread",
+        "later",
+        "following",
+        "key",
+        "put_off",
+        "raised_by",
+        "reference",
+        "task",
+        "__weakref__",
+    )
+
+    def __init__(self, task: "asyncio.Task[Any]") -> None:
+        self.key = id(task)
+        # aiohttp 3.13 has the request forget its task before it is done.
+        self.coroutine: Any = task.get_coro()
+        self.frame = internals.connection_frame(task)
+        self.errors: List[BaseException] = []
+        self.unread: Optional[aiohttp.StreamReader] = None  # of a body
+        # Exceptions that somebody had in hand, and whether to clear their frames.
+        self.later: Dict[int, Tuple[BaseException, bool]] = {}
+        self.following = 0  # requests by a callback of their task
+        # What a request has raised, and is severed when the next one comes or the
+        # connection ends.  Until then aiohttp has it as well, as the response, in the
+        # live frame of the connection's task.
+        self.put_off: Optional[BaseException] = None
+        self.raised_by: Optional[web.BaseRequest] = None
+        self.task = ref(task)
+        self.reference = ref(self, partial(_forget_connection, self.key))
+
+    def take_back(self) -> Optional[BaseException]:
+        """Put it off no longer."""
+        exc = self.put_off
+        self.put_off = self.raised_by = None
+        pending.pop(id(exc), None)
+        return exc
+
+    def take_back_of(self, request: web.BaseRequest) -> Optional[BaseException]:
+        """Put it off no longer, if it is of this request."""
+        raised_by = self.raised_by
+        if raised_by is None or not internals.is_same(raised_by, request):
+            return None
+        return self.take_back()
+
+    def forget_swallowed(self) -> bool:
+        """Let go of what was put off, if nobody has it: it is not the response.
+
+        Returns:
+            Whether all of it has gone.
+        """
+        exc = self.put_off
+        if exc is not None:
+            # The attribute, the variable, the argument.
+            if getrefcount(exc) != 3 or leads_on(exc) or not owns_its_traceback(exc):
+                return False
+            self.take_back()
+        return True
+
+    def sever_put_off(self, request: Optional[web.BaseRequest]) -> None:
+        """Sever what was put off, if the connection has gone on from its request.
+
+        If nobody but aiohttp has it, then all of it goes by itself, once the frame of
+        the request's task does not hold it.  Its traceback stays, since the count of
+        references may be made up by somebody else.
+
+        Args:
+            request: one that is to be handled now; None: the connection has ended.
+        """
+        exc, raised_by = self.put_off, self.raised_by
+        if exc is None or raised_by is None:
+            return
+        # The attribute, the variable, the argument, the frame of the request's task;
+        # and that of the connection's, if that goes on.
+        known = 4 if request is None else 5
+        if (
+            getrefcount(exc) == known
+            and cause_of(exc) is None
+            and context_of(exc) is None
+            and internals.keeps_nothing(raised_by)
+            and owns_its_traceback(exc, HANDLE_REQUEST)
+        ):
+            entry: Any = traceback_of(exc)
+            frame = entry.tb_frame
+            if frame.f_lasti in _RETURNS:  # so that the connection has gone on
+                frame.clear()
+                if getrefcount(exc) == known - 1:
+                    self.put_off = self.raised_by = None
+                    pending.pop(id(exc), None)
+                    return
+        if request is not None and not has_gone_on(raised_by, request):
+            return
+        self.take_back()
+        found = [exc, *internals.kept_exceptions(raised_by)]
+        if request is None:
+            self.sever_shared(found)
+        else:
+            # A task that was started eagerly is handling this request before all the
+            # callbacks of the earlier one's have run.
+            asyncio.get_running_loop().call_soon(self.sever_shared, found)
+
+    def sever_shared(self, exceptions: List[BaseException]) -> None:
+        """Sever what nobody has noted, and somebody has but aiohttp."""
+        try:
+            sorted_out = sort_out(exceptions, lambda exc: False, InUse())
+            for _, own in sorted_out.ready:
+                sever(own, spare=sorted_out.spare)
+            leave(sorted_out.in_flight)
+        except Exception:
+            complain("severing what was put off")
+
+    def needs(self, exc: BaseException) -> bool:
+        """Whether an exception is put off whose request is being answered still."""
+        return self.put_off is exc and internals.is_being_answered(self.task())
+
+    def keep_for_later(
+        self, exceptions: Iterable[BaseException], clear_frames: bool
+    ) -> None:
+        """Keep what somebody has in hand, until the connection goes on or ends."""
+        for exc in exceptions:
+            self.later[id(exc)] = exc, clear_frames
+            pending[id(exc)] = self.reference
+
+    def sever_later_ones(self) -> None:
+        later, self.later = self.later, {}
+        for key in later:
+            pending.pop(key, None)
+        clear_frames = all(clear for _, clear in later.values())
+        roots = [exc for exc, _ in later.values()]
+        sorted_out = sort_out(roots, lambda exc: False, InUse())
+        still = [exc for exc in roots if somebody_has(exc)]
+        still += [exc for exc in sorted_out.in_flight if id(exc) in later]
+        self.keep_for_later(still, clear_frames)
+        # What these lead to may be kept, or is looked at by others.
+        ready = [exc for _, own in sorted_out.ready for exc in own]
+        spare = sorted_out.spare
+        spare += [f for exc in ready if id(exc) not in later for f in frames_of(exc)]
+        own = [exc for exc in ready if id(exc) in later]
+        sever(own, clear_frames=clear_frames, spare=spare)
+
+    def done(self, task: "asyncio.Future[Any]") -> None:
+        try:
+            empty_with_callers(self.frame, {})
+            self.sever_put_off(None)
+            if self.unread is not None:
+                internals.release_payload(self.unread)
+            if self.later:
+                self.sever_later_ones()
+            for key, (exc, clear_frames) in self.later.items():
+                pending.pop(key, None)
+                leave([exc], clear_frames)
+            for error in self.errors:
+                sever(graph(error))
+        except Exception:
+            complain("severing a connection")
+        finally:
+            followed_connections.pop(self.key, None)
+            self.take_back()
+            self.coroutine = self.frame = None
+            self.errors = []
+            self.unread = None
+            self.later = {}
+
+
+def follow_connection(task: Any) -> "Optional[Connection]":
+    """Follow a connection to the end of its task, if it is not followed yet."""
+    connection = connection_of(task)
+    if connection is None and isinstance(task, asyncio.Task):  # a mock has none
+        connection = Connection(task)
+        followed_connections[connection.key] = connection.reference
+        task.add_done_callback(connection.done)
+    return connection
+
+
+def has_put_off(request: web.BaseRequest) -> bool:
+    """Whether a request's connection has put something off."""
+    connection = connection_of(connection_task(request))
+    return connection is not None and connection.put_off is not None
+
+
+def connection_of(task: Any) -> "Optional[Connection]":
+    found = followed_connections.get(id(task))
+    return None if found is None else found()
+
+
+def _forget_connection(key: int, reference: "ref[Connection]") -> None:
+    """Forget one that is gone without an end, since its loop was closed."""
+    if followed_connections.get(key) is reference:
+        followed_connections.pop(key, None)
+    # Not for each: that would be quadratic.
+    if len(pending) > 2 * len(followed_connections):
+        for found in [each for each, holder in pending.items() if holder() is None]:
+            pending.pop(found, None)
+
+
+def note_parser_error(task: Any, exc: BaseException) -> None:
+    """Remember an exception that made a connection end without any request."""
+    try:
+        connection = connection_of(task)
+        if connection is not None:
+            connection.errors.append(exc)
+    except Exception:
+        complain("noting a parser's error")
+
+
+def kept_requests() -> Set[int]:
+    """The ids of the requests that exceptions lead to which are to be severed later."""
+    return {
+        id(value)
+        for connection in [found() for found in list(followed_connections.values())]
+        if connection is not None
+        for exc, _ in list(connection.later.values())
+        for frame in frames_of(exc)
+        if is_finished(frame)  # what a task of its own runs is for itself
+        for value in gc.get_referents(frame)
+        if web.BaseRequest in type(value).__mro__
+    }

@@ -1,0 +1,262 @@
+"""Who needs an exception still? Whoever has noted it, and whoever runs with it.
+
+What several requests have, and what a task of the application has in hand, is severed
+when the last of them is done with it.
+"""
+
+import asyncio
+from functools import partial
+from types import FrameType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    Optional,
+    Set,
+    Tuple,
+)
+from weakref import WeakKeyDictionary, ref
+
+from aiohttp import web
+
+from .complaints import complain
+from .sever import (
+    awaiting_frames,
+    frames_of,
+    graph,
+    handled_by,
+    in_flight,
+    leads_on,
+    sever,
+)
+
+if TYPE_CHECKING:
+    from .connections import Connection
+
+__all__ = (
+    "MOST",
+    "Holder",
+    "InUse",
+    "Watching",
+    "in_hand",
+    "leave",
+    "look_into",
+    "pending",
+    "somebody_has",
+    "sort_out",
+)
+
+# Neither of these keeps anything alive.  Who has noted an exception, by its id:
+in_hand: "Dict[int, Tuple[ref[Holder], ...]]" = {}
+# Connections that have put an exception off, or still have one later, by its id.
+pending: "Dict[int, ref[Connection]]" = {}
+
+# Of a request that has noted so many exceptions, all but half of that are severed while
+# it goes on: a handler can stream for ever, and its calls fail again and again.
+MOST = 100
+
+
+def _forget_holder(keys: List[int], holder: "ref[Holder]") -> None:
+    """Forget who had exceptions in hand, and is gone since its loop was closed."""
+    for key in keys:
+        _take_from_hand(key, holder)
+
+
+def _take_from_hand(key: int, holder: "ref[Holder]") -> None:
+    # It may be there twice: by two roots, both of which lead to the exception.
+    others = tuple(each for each in in_hand.pop(key, ()) if each is not holder)
+    if others:
+        in_hand[key] = others
+
+
+if TYPE_CHECKING:
+    _RequestReference = ref[web.BaseRequest]
+else:  # which cannot be subscripted before Python 3.9
+    _RequestReference = ref
+
+
+class Watching(_RequestReference):
+    """A weak reference to a request by which the library never reads its body."""
+
+    __slots__ = ()
+
+
+class Holder:
+    """Who has exceptions in hand, and is to be done with them."""
+
+    __slots__ = ("exceptions", "in_hand", "reference", "__weakref__")
+
+    def __init__(self) -> None:
+        self.exceptions: List[BaseException] = []
+        self.in_hand: List[int] = []  # the ids of those, and of what they lead to
+        self.reference: Optional[ref[Holder]] = None
+
+    def note(self, root: BaseException) -> None:
+        for exc in self.exceptions:
+            if exc is root:
+                return
+        self.exceptions.append(root)
+        own = self.reference
+        if own is None:
+            forget = partial(_forget_holder, self.in_hand)
+            own = self.reference = ref(self, forget)
+        for exc in graph(root) if leads_on(root) else (root,):
+            key = id(exc)
+            self.in_hand.append(key)
+            in_hand[key] = (*in_hand.get(key, ()), own)
+
+    def _let_go(self) -> None:
+        own = self.reference
+        if own is not None:
+            for key in self.in_hand:
+                _take_from_hand(key, own)
+            self.in_hand = []
+            self.reference = None
+
+    def _take_out(self, roots: List[BaseException]) -> None:
+        """Let go of some exceptions, and keep the others in hand."""
+        self._let_go()
+        out = set(map(id, roots))
+        others = [exc for exc in self.exceptions if id(exc) not in out]
+        self.exceptions = []
+        for exc in others:
+            self.note(exc)
+
+
+def somebody_has(exc: BaseException) -> bool:
+    for holder in in_hand.get(id(exc), ()):
+        if holder() is not None:
+            return True
+    found = pending.get(id(exc))
+    connection = None if found is None else found()
+    return connection is not None and connection.needs(exc)
+
+
+class InUse:
+    """What tasks that are suspended need: their frames, and what they have in hand."""
+
+    __slots__ = ("exceptions", "frames")
+
+    def __init__(self) -> None:
+        self.frames: Set[int] = set()  # by id
+        self.exceptions: Dict[int, BaseException] = {}
+
+
+def look_into(tasks: "Iterable[asyncio.Task[Any]]") -> InUse:
+    """Look, from a callback of the event loop, at what its tasks need."""
+    in_use = InUse()
+    for task in tasks:
+        coroutine = task.get_coro()
+        in_use.frames |= awaiting_frames(coroutine)
+        for exc in handled_by(coroutine):
+            in_use.exceptions.update((id(below), below) for below in graph(exc))
+    return in_use
+
+
+class SortedOut:
+    """What of some exceptions is to be severed, and what of them is needed."""
+
+    __slots__ = ("in_flight", "ready", "spare")
+
+    def __init__(self) -> None:
+        self.ready: List[Tuple[BaseException, List[BaseException]]] = []
+        self.in_flight: List[BaseException] = []
+        self.spare: List[FrameType] = []
+
+
+def sort_out(
+    roots: List[BaseException],
+    is_kept: Callable[[BaseException], bool],
+    in_use: InUse,
+) -> SortedOut:
+    sorted_out = SortedOut()
+    covered: Set[int] = set()
+    kept: Dict[int, BaseException] = {}
+    for exc in in_use.exceptions.values():
+        sorted_out.spare += frames_of(exc)
+    # Latest first, so that the whole of a chain comes before its parts.
+    for root in reversed(roots):
+        exceptions = [exc for exc in graph(root) if id(exc) not in covered]
+        covered.update(map(id, exceptions))
+        for exc in exceptions:
+            if id(exc) not in kept and is_kept(exc):
+                kept.update((id(below), below) for below in graph(exc))
+        own = []
+        for exc in exceptions:
+            if id(exc) in kept or somebody_has(exc):
+                sorted_out.spare += frames_of(exc)
+            elif id(exc) in in_use.exceptions or in_flight(exc, in_use.frames):
+                sorted_out.spare += frames_of(exc)
+                sorted_out.in_flight.append(exc)
+            else:
+                own.append(exc)
+        if own:
+            sorted_out.ready.append((root, own))
+    running = {id(frame) for exc in sorted_out.in_flight for frame in frames_of(exc)}
+    if running:  # what shares a frame with one of those is to be looked at again too
+        for _, own in sorted_out.ready:
+            sorted_out.in_flight += [
+                exc for exc in own if any(id(f) in running for f in frames_of(exc))
+            ]
+    return sorted_out
+
+
+class _LeftOver:
+    """What a task still ran with when those were done who had noted it, by loop.
+
+    Nobody tells when that task is done with it, so it is looked for when more comes.
+    An exception is held weakly, if its class allows that: the collector may have it.
+    """
+
+    __slots__ = ("exceptions", "many", "looks")
+
+    def __init__(self) -> None:
+        self.exceptions: Dict[int, Tuple[Callable[[], Any], bool]] = {}
+        self.many = 1  # one look is at all tasks: so many come for one
+        self.looks = False
+
+    def add(self, exc: BaseException, clear_frames: bool) -> None:
+        try:
+            self.exceptions[id(exc)] = ref(exc), clear_frames
+        except TypeError:
+            return  # of a built-in class: to hold it could keep what nobody else does
+        if len(self.exceptions) >= self.many and not self.looks:
+            self.looks = True
+            asyncio.get_running_loop().call_soon(self.look)
+
+    def look(self) -> None:
+        try:
+            self.looks = False
+            tasks = asyncio.all_tasks()
+            in_use = look_into(tasks)
+            for key, (found, clear_frames) in list(self.exceptions.items()):
+                exc = found()
+                if exc is None:
+                    del self.exceptions[key]
+                    continue
+                sorted_out = sort_out([exc], lambda exc: False, in_use)
+                for _, own in sorted_out.ready:
+                    sever(own, clear_frames=clear_frames, spare=sorted_out.spare)
+                if not sorted_out.in_flight:
+                    del self.exceptions[key]
+            while len(self.exceptions) > MOST + len(tasks):
+                del self.exceptions[next(iter(self.exceptions))]
+            self.many = len(self.exceptions) + max(1, len(tasks) // 8)
+        except Exception:
+            complain("looking for what is left over")
+
+
+_left_over: "WeakKeyDictionary[asyncio.AbstractEventLoop, _LeftOver]" = (
+    WeakKeyDictionary()
+)
+
+
+def leave(exceptions: Iterable[BaseException], clear_frames: bool = True) -> None:
+    for exc in exceptions:
+        loop = asyncio.get_running_loop()
+        if loop not in _left_over:
+            _left_over[loop] = _LeftOver()
+        _left_over[loop].add(exc, clear_frames)
