@@ -17,7 +17,7 @@ from aiohttp import hdrs, web
 from . import calls, internals
 from .calls import Serving
 from .complaints import ENDS, complain, logger
-from .connections import Connection, connection_of, follow_connection
+from .connections import Connection, follow_connection, followed_connections
 from .holders import (
     MOST,
     Holder,
@@ -320,7 +320,8 @@ def begin(request: web.BaseRequest, options: Options) -> None:
     """
     try:
         if pending:
-            connection = connection_of(connection_task(request))
+            found = followed_connections.get(id(connection_task(request)))
+            connection = None if found is None else found()
             if connection is not None:
                 if connection.put_off is not None:
                     connection.sever_put_off(request)
@@ -435,7 +436,8 @@ def note_last(
         if options.are_silent and not calls.are_followed:
             task = connection_of_response(request, middleware)
             if task is not None and not leads_on(exc):
-                connection = follow_connection(task)
+                found = followed_connections.get(id(task))
+                connection = follow_connection(task) if found is None else found()
                 if connection is not None and not connection.following:
                     put_off = connection.put_off
                     if put_off is None:

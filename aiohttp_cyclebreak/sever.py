@@ -473,9 +473,11 @@ def owns_its_traceback(exc: BaseException, code: Optional[CodeType] = None) -> b
         if count(traceback) != 3:
             return False
         inner = traceback.tb_frame
-        # Its entry, the variable, the argument; and the frame that it called.
-        if outer is not None and count(outer) != 3 + (inner.f_back is outer):
-            return False
+        if outer is not None:
+            # Its entry, the variable, the argument; perhaps the frame that it called.
+            known = count(outer)
+            if known != 3 and (known != 4 or inner.f_back is not outer):
+                return False
         outer = inner
         traceback = traceback.tb_next
     return inner is None or count(inner) == 4  # of two variables
