@@ -127,6 +127,7 @@ class Holder:
 
 
 def somebody_has(exc: BaseException) -> bool:
+    """Whether somebody who is not done with an exception has noted it."""
     for holder in in_hand.get(id(exc), ()):
         if holder() is not None:
             return True
@@ -172,6 +173,13 @@ def sort_out(
     is_kept: Callable[[BaseException], bool],
     in_use: InUse,
 ) -> SortedOut:
+    """Find out what of some exceptions, and of all that they lead to, nobody needs.
+
+    Args:
+        roots: what was noted.
+        is_kept: asked of each exception whether it is to be left alone for good.
+        in_use: what tasks need that go on.
+    """
     sorted_out = SortedOut()
     covered: Set[int] = set()
     kept: Dict[int, BaseException] = {}

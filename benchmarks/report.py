@@ -141,10 +141,10 @@ def ways_table(found: List[Dict[str, Any]], title: str) -> str:
 def scale_table(found: Dict[str, Any], what: str) -> str:
     head = [
         what,
-        "success, µs more",
-        "times bare",
-        "failure, µs more",
-        "times bare",
+        "success, times bare",
+        "µs more than idle",
+        "failure, times bare",
+        "µs more than idle",
         "objects of the library",
         "entries in its containers",
         "all objects",
@@ -158,7 +158,10 @@ def scale_table(found: Dict[str, Any], what: str) -> str:
             row += (
                 ["", ""]
                 if cost is None
-                else [f"{cost['more_us']:+.1f}", f"{cost['times']:.2f}"]
+                else [
+                    f"{cost['bare']['times']:.2f}",
+                    f"{cost['idle middleware']['more_us']:+.1f}",
+                ]
             )
         row += [each["ours"], each["entries"], f"{each['tracked']:,}"]
         row.append(f"{each['resident'] / 2**20:.0f}")

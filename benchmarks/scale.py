@@ -1,8 +1,8 @@
 """Does a request cost more with many open connections, or after many requests?
 
-In one process and without a socket, each number with an unguarded application beside
-it, by turns: ``python benchmarks/scale.py``.  What the library has of its own is
-counted, by its types and in the containers of its modules.
+In one process and without a socket, each number with a bare application and one with an
+idle middleware beside it, by turns: ``python benchmarks/scale.py``.  What the library
+has of its own is counted, by its types and in the containers of its modules.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from typing import Any, Dict, List
 from weakref import WeakSet
 
 import aiohttp
-from compare import beside
+from compare import CONTROLS, beside
 from inprocess import REQUESTS, Connection, by_turns, serve
 
-WAYS = ("bare", "setup()")
+WAYS = (*CONTROLS, "setup()")
 KINDS = ("success", "failure")
 PACKAGE = "aiohttp_cyclebreak"
 CONTAINERS = (Mapping, Set, list, deque, WeakSet)
@@ -29,13 +29,14 @@ CONTAINERS = (Mapping, Set, list, deque, WeakSet)
 
 def entries() -> int:
     """How many entries there are in the containers of the library's modules."""
-    number = 0
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == PACKAGE:
-            for key, value in vars(module).items():
-                if isinstance(value, CONTAINERS) and not key.startswith("__"):
-                    number += len(value)
-    return number
+    containers = {  # by id, since modules share some
+        id(value): value
+        for name, module in list(sys.modules.items())
+        if name.split(".")[0] == PACKAGE
+        for key, value in vars(module).items()
+        if isinstance(value, CONTAINERS) and not key.startswith("__")
+    }
+    return sum(map(len, containers.values()))
 
 
 def there_is() -> Dict[str, int]:
@@ -56,12 +57,17 @@ def there_is() -> Dict[str, int]:
 async def cost(
     connections: Dict[str, List[Connection]], rounds: int, size: int
 ) -> Dict[str, Any]:
-    """Measure both ways by turns."""
+    """Measure all ways by turns."""
     found = {}
     for kind in KINDS:
+        # A failure is severed by the connection's next request, whatever that is.
+        for way in WAYS:
+            for each in connections[way]:
+                await each.ask(REQUESTS[kind])
         taken = await by_turns(connections, kind, rounds, size)
-        found[kind] = beside(taken["setup()"], taken["bare"])
-        found[kind]["bare_us"] = beside(taken["bare"], taken["bare"])["us"]
+        found[kind] = {
+            control: beside(taken["setup()"], taken[control]) for control in CONTROLS
+        }
     return found
 
 
@@ -71,7 +77,7 @@ async def open_connections(numbers: List[int], rounds: int) -> List[Dict[str, An
     rows = []
     before = there_is()
     for number in numbers:
-        # Of both there are as many: one heap, one event loop, one collector.
+        # Of each there are as many: one heap, one event loop, one collector.
         for way in WAYS:
             while len(connections[way]) < number:
                 connection = Connection(runners[way])
@@ -81,8 +87,9 @@ async def open_connections(numbers: List[int], rounds: int) -> List[Dict[str, An
                 await connection.ask(REQUESTS["failure"])
         found = {"connections": number, **await cost(connections, rounds, 200)}
         rows.append({**found, **there_is()})
-    for each in (*connections["bare"], *connections["setup()"]):
-        each.close()
+    for way in WAYS:
+        for each in connections[way]:
+            each.close()
     connections.clear()
     for _ in range(10):
         await asyncio.sleep(0)
@@ -102,11 +109,12 @@ async def many_requests(numbers: List[int], rounds: int) -> List[Dict[str, Any]]
             await guarded.ask(REQUESTS["success" if index % 10 else "failure"])
         served = number
         # A new one each time: aiohttp 3.10 closes what is idle for 75 seconds.
-        bare = Connection(runners["bare"])
+        connections = {way: [Connection(runners[way])] for way in CONTROLS}
         await asyncio.sleep(0)
-        connections = {"bare": [bare], "setup()": [guarded]}
-        found = {"requests": number, **await cost(connections, rounds, 50)}
-        bare.close()
+        costs = await cost({**connections, "setup()": [guarded]}, rounds, 50)
+        found = {"requests": number, **costs}
+        for (each,) in connections.values():
+            each.close()
         await asyncio.sleep(0)
         rows.append({**found, **there_is()})
     return rows
@@ -127,5 +135,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--most-connections", type=int, default=5000)
     parser.add_argument("--most-requests", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=40)
     print(json.dumps(asyncio.run(main(**vars(parser.parse_args()))), indent=1))
