@@ -34,7 +34,6 @@ from .sever import (
 
 __all__ = (
     "Connection",
-    "connection_of",
     "follow_connection",
     "followed_connections",
     "has_put_off",
@@ -222,7 +221,7 @@ class Connection:
 
 def follow_connection(task: Any) -> "Optional[Connection]":
     """Follow a connection to the end of its task, if it is not followed yet."""
-    connection = connection_of(task)
+    connection = _connection_of(task)
     if connection is None and isinstance(task, asyncio.Task):  # a mock has none
         connection = Connection(task)
         followed_connections[connection.key] = connection.reference
@@ -232,11 +231,11 @@ def follow_connection(task: Any) -> "Optional[Connection]":
 
 def has_put_off(request: web.BaseRequest) -> bool:
     """Whether a request's connection has put something off."""
-    connection = connection_of(connection_task(request))
+    connection = _connection_of(connection_task(request))
     return connection is not None and connection.put_off is not None
 
 
-def connection_of(task: Any) -> "Optional[Connection]":
+def _connection_of(task: Any) -> "Optional[Connection]":
     found = followed_connections.get(id(task))
     return None if found is None else found()
 
@@ -254,7 +253,7 @@ def _forget_connection(key: int, reference: "ref[Connection]") -> None:
 def note_parser_error(task: Any, exc: BaseException) -> None:
     """Remember an exception that made a connection end without any request."""
     try:
-        connection = connection_of(task)
+        connection = _connection_of(task)
         if connection is not None:
             connection.errors.append(exc)
     except Exception:

@@ -475,8 +475,8 @@ def owns_its_traceback(exc: BaseException, code: Optional[CodeType] = None) -> b
         inner = traceback.tb_frame
         if outer is not None:
             # Its entry, the variable, the argument; perhaps the frame that it called.
-            known = count(outer)
-            if known != 3 and (known != 4 or inner.f_back is not outer):
+            references = count(outer)
+            if references != 3 and (references != 4 or inner.f_back is not outer):
                 return False
         outer = inner
         traceback = traceback.tb_next
