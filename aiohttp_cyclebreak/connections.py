@@ -23,10 +23,9 @@ from .sever import (
     context_of,
     empty_with_callers,
     frames_of,
+    goes_by_itself,
     graph,
     is_finished,
-    leads_on,
-    owns_its_traceback,
     returns_of,
     sever,
     traceback_of,
@@ -37,6 +36,7 @@ __all__ = (
     "follow_connection",
     "followed_connections",
     "has_put_off",
+    "keeping_connections",
     "kept_requests",
     "note_parser_error",
 )
@@ -44,6 +44,8 @@ __all__ = (
 # By the id of its task.  It keeps nothing alive: a connection is followed by a callback
 # of that, so one that is never finished (a loop that is closed too early) goes with it.
 followed_connections: "Dict[int, ref[Connection]]" = {}
+# Those of them that keep for later what somebody has in hand.
+keeping_connections: "Dict[int, ref[Connection]]" = {}
 
 # Where the frame of a request's task is over; before CPython 3.13 frame.clear() closes
 # a coroutine that is suspended.
@@ -78,9 +80,9 @@ class Connection:
         # Exceptions that somebody had in hand, and whether to clear their frames.
         self.later: Dict[int, Tuple[BaseException, bool]] = {}
         self.following = 0  # requests by a callback of their task
-        # What a request has raised, and is severed when the next one comes or the
-        # connection ends.  Until then aiohttp has it as well, as the response, in the
-        # live frame of the connection's task.
+        # What a request has raised, and is severed when the next one has been handled
+        # or the connection ends.  Until then aiohttp has it as well, as the response,
+        # in the live frame of the connection's task.
         self.put_off: Optional[BaseException] = None
         self.raised_by: Optional[web.BaseRequest] = None
         self.task = ref(task)
@@ -109,7 +111,7 @@ class Connection:
         exc = self.put_off
         if exc is not None:
             # The attribute, the variable, the argument.
-            if getrefcount(exc) != 3 or leads_on(exc) or not owns_its_traceback(exc):
+            if getrefcount(exc) != 3 or not goes_by_itself(exc):
                 return False
             self.take_back()
         return True
@@ -122,7 +124,7 @@ class Connection:
         references may be made up by somebody else.
 
         Args:
-            request: one that is to be handled now; None: the connection has ended.
+            request: the one that is being handled; None: the connection has ended.
         """
         exc, raised_by = self.put_off, self.raised_by
         if exc is None or raised_by is None:
@@ -135,11 +137,14 @@ class Connection:
             and cause_of(exc) is None
             and context_of(exc) is None
             and internals.keeps_nothing(raised_by)
-            and owns_its_traceback(exc, HANDLE_REQUEST)
         ):
-            entry: Any = traceback_of(exc)
-            frame = entry.tb_frame
-            if frame.f_lasti in _RETURNS:  # so that the connection has gone on
+            entry = traceback_of(exc)
+            frame = None if entry is None else entry.tb_frame
+            if (
+                frame is not None
+                and frame.f_code is HANDLE_REQUEST
+                and frame.f_lasti in _RETURNS  # so that the connection has gone on
+            ):
                 frame.clear()
                 if getrefcount(exc) == known - 1:
                     self.put_off = self.raised_by = None
@@ -176,12 +181,11 @@ class Connection:
         """Keep what somebody has in hand, until the connection goes on or ends."""
         for exc in exceptions:
             self.later[id(exc)] = exc, clear_frames
-            pending[id(exc)] = self.reference
+            keeping_connections[self.key] = self.reference
 
     def sever_later_ones(self) -> None:
         later, self.later = self.later, {}
-        for key in later:
-            pending.pop(key, None)
+        keeping_connections.pop(self.key, None)
         clear_frames = all(clear for _, clear in later.values())
         roots = [exc for exc, _ in later.values()]
         sorted_out = sort_out(roots, lambda exc: False, InUse())
@@ -203,8 +207,7 @@ class Connection:
                 internals.release_payload(self.unread)
             if self.later:
                 self.sever_later_ones()
-            for key, (exc, clear_frames) in self.later.items():
-                pending.pop(key, None)
+            for exc, clear_frames in self.later.values():
                 leave([exc], clear_frames)
             for error in self.errors:
                 sever(graph(error))
@@ -212,6 +215,7 @@ class Connection:
             complain("severing a connection")
         finally:
             followed_connections.pop(self.key, None)
+            keeping_connections.pop(self.key, None)
             self.take_back()
             self.coroutine = self.frame = None
             self.errors = []
@@ -242,8 +246,9 @@ def _connection_of(task: Any) -> "Optional[Connection]":
 
 def _forget_connection(key: int, reference: "ref[Connection]") -> None:
     """Forget one that is gone without an end, since its loop was closed."""
-    if followed_connections.get(key) is reference:
-        followed_connections.pop(key, None)
+    for connections in (followed_connections, keeping_connections):
+        if connections.get(key) is reference:
+            del connections[key]
     # Not for each: that would be quadratic.
     if len(pending) > 2 * len(followed_connections):
         for found in [each for each, holder in pending.items() if holder() is None]:

@@ -17,7 +17,12 @@ from aiohttp import hdrs, web
 from . import calls, internals
 from .calls import Serving
 from .complaints import ENDS, complain, logger
-from .connections import Connection, follow_connection, followed_connections
+from .connections import (
+    Connection,
+    follow_connection,
+    followed_connections,
+    keeping_connections,
+)
 from .holders import (
     MOST,
     Holder,
@@ -37,11 +42,11 @@ from .sever import (
     empty,
     empty_with_callers,
     frames_of,
+    goes_by_itself,
     graph,
-    leads_on,
     local_values,
-    owns_its_traceback,
     sever,
+    traceback_of,
 )
 
 __all__ = ("begin", "follow", "leave_alone", "note", "note_last", "passed")
@@ -184,14 +189,15 @@ class _Request(Holder):
             known = 6 + internals.connection_holds(
                 connection.coroutine, connection.frame, exc
             )
-        if sys.getrefcount(exc) != known or leads_on(exc):
+        if sys.getrefcount(exc) != known or not goes_by_itself(exc):
             return False
         if exc is internals.missing_route(self.request):
             return False
         # If the response's did not come to aiohttp's frame, it was returned.
-        code = HANDLE_REQUEST if exc is response else None
-        if not owns_its_traceback(exc, code):
-            return False
+        if exc is response:
+            entry = traceback_of(exc)
+            if entry is None or entry.tb_frame.f_code is not HANDLE_REQUEST:
+                return False
         if any(options.listener for options in self.options):
             frames = sum(1 for _ in frames_of(exc))
             self._tell(exc, Cut(exceptions=1, tracebacks=frames, frames=frames))
@@ -297,7 +303,7 @@ class _Request(Holder):
                 known = 3 + internals.connection_holds(
                     connection.coroutine, connection.frame, exc
                 )
-                if getrefcount(exc) == known and owns_its_traceback(exc):
+                if getrefcount(exc) == known and goes_by_itself(exc):
                     for frame in frames_of(exc):
                         empty(frame)
             # The attribute, the variable, the argument; the connection's variable.
@@ -319,14 +325,11 @@ def begin(request: web.BaseRequest, options: Options) -> None:
     Its outgoing calls, here and in child tasks, are followed as the request's.
     """
     try:
-        if pending:
-            found = followed_connections.get(id(connection_task(request)))
+        if keeping_connections:
+            found = keeping_connections.get(id(connection_task(request)))
             connection = None if found is None else found()
             if connection is not None:
-                if connection.put_off is not None:
-                    connection.sever_put_off(request)
-                if connection.later:
-                    connection.sever_later_ones()
+                connection.sever_later_ones()
         if not calls.are_followed or not internals.is_request(request):
             return
         serving = calls.current.get()
@@ -359,9 +362,12 @@ def follow(request: web.BaseRequest, options: Optional[Options]) -> Optional[_Re
         task.add_done_callback(followed.done)
         if connection is not None:
             connection.following += 1
-            exc = connection.take_back_of(request)
-            if exc is not None:
-                followed.note(exc)
+            if connection.put_off is not None:
+                exc = connection.take_back_of(request)
+                if exc is not None:
+                    followed.note(exc)
+                else:
+                    connection.sever_put_off(request)
     if options is not None:
         followed.add(options)
     if calls.are_followed:
@@ -435,20 +441,23 @@ def note_last(
     try:
         if options.are_silent and not calls.are_followed:
             task = connection_of_response(request, middleware)
-            if task is not None and not leads_on(exc):
-                found = followed_connections.get(id(task))
-                connection = follow_connection(task) if found is None else found()
-                if connection is not None and not connection.following:
-                    put_off = connection.put_off
-                    if put_off is None:
-                        if getrefcount(exc) == _UNSHARED:
-                            connection.put_off = exc
-                            connection.raised_by = request
-                            pending[id(exc)] = connection.reference
-                            return
-                    # The attribute and the variable.
-                    elif put_off is exc and getrefcount(exc) == _UNSHARED + 2:
-                        return
+            found = followed_connections.get(id(task))
+            connection = follow_connection(task) if found is None else found()
+            if connection is not None and not connection.following:
+                known = _UNSHARED
+                if connection.put_off is exc:
+                    known += 1  # the attribute
+                elif connection.put_off is not None:  # of an earlier request
+                    connection.sever_put_off(request)
+                if (
+                    (connection.put_off is None or connection.put_off is exc)
+                    and getrefcount(exc) == known
+                    and goes_by_itself(exc, below=True)
+                ):
+                    connection.put_off = exc
+                    connection.raised_by = request
+                    pending[id(exc)] = connection.reference
+                    return
     except Exception:
         complain("putting off an exception")
     note(request, exc, options)
@@ -479,8 +488,9 @@ def passed(
         connection = follow_connection(request.task)
         if not internals.keeps_nothing(request):
             follow(request, options)
-        elif pending:
-            if connection is not None and not connection.forget_swallowed():
+        elif connection is not None and connection.put_off is not None:
+            connection.sever_put_off(request)  # if it is of an earlier one
+            if not connection.forget_swallowed():
                 follow(request, options)
         # isinstance() is asked last: the class is abstract, which makes it slow.
         if type(response) is not web.Response:

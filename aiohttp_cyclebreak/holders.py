@@ -51,7 +51,7 @@ __all__ = (
 
 # Neither of these keeps anything alive.  Who has noted an exception, by its id:
 in_hand: "Dict[int, Tuple[ref[Holder], ...]]" = {}
-# Connections that have put an exception off, or still have one later, by its id.
+# Connections that have put an exception off, by its id.
 pending: "Dict[int, ref[Connection]]" = {}
 
 # Of a request that has noted so many exceptions, all but half of that are severed while

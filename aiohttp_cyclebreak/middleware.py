@@ -8,7 +8,7 @@ from weakref import WeakSet
 from aiohttp import web
 
 from . import calls, internals
-from .connections import followed_connections, has_put_off
+from .connections import followed_connections, has_put_off, keeping_connections
 from .guard import begin, note, note_last, passed
 from .holders import pending
 from .internals import connection_of_plain
@@ -177,7 +177,7 @@ def _make_layer(options: Options) -> "Middleware":
     async def cyclebreak_middleware(
         request: web.Request, handler: "Handler"
     ) -> web.StreamResponse:
-        if pending or calls.are_followed:
+        if keeping_connections or calls.are_followed:
             begin(request, options)
         try:
             response = await handler(request)

@@ -36,13 +36,13 @@ __all__ = (
     "detach",
     "empty_with_callers",
     "frames_of",
+    "goes_by_itself",
     "graph",
     "handled_by",
     "in_flight",
     "is_exception",
     "is_finished",
     "leads_on",
-    "owns_its_traceback",
     "returns_of",
     "sever",
     "traceback_of",
@@ -452,20 +452,25 @@ else:
         """Before CPython 3.11 a frame does not hold its function."""
 
 
-def owns_its_traceback(exc: BaseException, code: Optional[CodeType] = None) -> bool:
-    """Whether an exception's frames go with its traceback, and that with it.
+def goes_by_itself(exc: BaseException, *, below: bool = False) -> bool:
+    """Whether an exception leads to no other, and its frames go with its traceback.
 
     If something else refers to one of them, another exception that was caught there
     or a generator that is suspended, taking the traceback off frees nothing.
 
     Args:
         exc: the exception.
-        code: what the outermost frame is to run, too.
+        below: ask only about what the outermost frame called; that one runs.
     """
+    if (  # as leads_on(), which would take a call of each failure
+        cause_of(exc) is not None
+        or context_of(exc) is not None
+        or issubclass(type(exc), _Group or _group_type())
+    ):
+        return False
     traceback = traceback_of(exc)
-    if code is not None:
-        if traceback is None or traceback.tb_frame.f_code is not code:
-            return False
+    if below and traceback is not None:
+        traceback = traceback.tb_next
     count = sys.getrefcount
     inner = outer = None
     while traceback is not None:

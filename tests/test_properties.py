@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from aiohttp_cyclebreak.sever import (
     frames_of,
+    goes_by_itself,
     graph,
     in_flight,
     leads_on,
-    owns_its_traceback,
     sever,
 )
 
@@ -351,7 +351,7 @@ def check(plan: Plan) -> List["weakref.ref[Marker]"]:
         expected = {id(exceptions[each]) for each in reachable(plan, number)}
         assert {id(each) for each in found} == expected
         del found
-        for question in (in_flight, leads_on, owns_its_traceback):
+        for question in (in_flight, leads_on, goes_by_itself):
             assert question(exc) in (True, False)
 
     given = [exceptions[number] for number in plan.given]
