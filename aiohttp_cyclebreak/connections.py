@@ -1,7 +1,7 @@
 """When is a connection done? Follows it to the end of its task.
 
-What a plain request raises as its response, and nobody else has, is left to it: to its
-next request, until which aiohttp has it too, or to its end.
+What a plain request raises as its response, and nobody else has, is left to it: until
+its next request has been handled, for as long as aiohttp has it too, or to its end.
 """
 
 import asyncio

@@ -39,11 +39,11 @@ def cyclebreak(
     ``app.middlewares.append(cyclebreak())`` is all there is to write.  Exceptions
     that pass are noted, and severed once the request's own task is done: after the
     response, aiohttp's "Error handling request" and the access log.  Those that nobody
-    else has may wait for the connection's next request or its end, if no middleware is
-    outside of this one: aiohttp keeps the last response of a connection for as long.
-    Appended last
-    it is innermost, and sees what handlers raise before another middleware of the
-    application swallows it; for what outer middlewares raise, see :func:`setup`.
+    else has may wait until the connection's next request is handled, or its end, if no
+    middleware is outside of this one: aiohttp keeps the last response of a connection
+    for as long.  Appended last it is innermost, and sees what handlers raise before
+    another middleware of the application swallows it; for what outer middlewares raise,
+    see :func:`setup`.
 
     Args:
         clear_frames: empty the frames in the tracebacks of what was severed.  The

@@ -143,13 +143,14 @@ async def ask(client: Client, number: int, path: str = "/") -> None:
 # --- callbacks ------------------------------------------------------------------
 
 
-def callbacks_of(way: str, number: int = 20, path: str = "/") -> Callbacks:
+def callbacks_of(way: str, number: int = 20, *paths: str) -> Callbacks:
     callbacks = Callbacks()
 
     async def main() -> None:
         async with serving(way, callbacks) as service:
             client = await service.connect()
-            await ask(client, number, path)
+            for asked in range(number):
+                await ask(client, 1, paths[asked % len(paths)] if paths else "/")
             client.close()
             await service.settle()
 
@@ -171,13 +172,14 @@ def test_a_successful_request_gets_no_callback(way):
 
 
 @pytest.mark.parametrize("way", [*GUARDS, *AROUND])
-def test_a_plain_failure_gets_no_callback(way, monkeypatch):
-    """Nor is it walked through, where nobody but aiohttp has it."""
+@pytest.mark.parametrize("paths", [["/fail"], ["/fail", "/"]], ids=" ".join)
+def test_a_plain_failure_gets_no_callback(way, paths, monkeypatch):
+    """Nor does the success after it, nor is it walked through: only aiohttp has it."""
     walked = []
     monkeypatch.setattr(guard, "sort_out", walked.append)
     monkeypatch.setattr(connections, "sort_out", walked.append)
-    bare = callbacks_of("bare", path="/fail")
-    assert callbacks_of(way, path="/fail").of_requests == bare.of_requests
+    bare = callbacks_of("bare", 20, *paths)
+    assert callbacks_of(way, 20, *paths).of_requests == bare.of_requests
     assert not walked
 
 

@@ -1,4 +1,4 @@
-"""Exceptions that are left to the connection: to its next request, or its end."""
+"""Exceptions that are left to the connection, until its next request or its end."""
 
 import asyncio
 import builtins
@@ -114,6 +114,9 @@ def test_an_open_connection_keeps_its_last_requests_only(
                         await ask(client, path)
                     await spin()
                     left.append(len(alive()))
+                    if following and install is GUARDS[guard]:
+                        refused = f"/refuse/{number}"
+                        assert refused not in [each.path for each in alive()]
             client.close()
             await service.settle()
         return left

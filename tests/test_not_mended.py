@@ -67,6 +67,41 @@ def test_the_last_request_before_those_that_reach_no_middleware() -> None:
         assert run(main()) == [["/refuse/2"], []]
 
 
+@pytest.mark.parametrize("api", GUARDS)
+def test_the_last_request_before_one_that_takes_its_time(api: str) -> None:
+    """Its response is held by aiohttp until then; bare, all before wait as well."""
+
+    async def main(guard: Any) -> List[List[str]]:
+        go_on = asyncio.Event()
+
+        async def slow(request: web.Request) -> web.Response:
+            await go_on.wait()
+            return web.Response()
+
+        app = application()
+        app.router.add_get("/slow", slow)
+        guard(app)
+        async with serve(app) as service:
+            client = await service.connect()
+            for number in range(3):
+                assert await ask(client, f"/refuse/{number}") == 400
+            await client.get("/slow")
+            await spin()
+            found = [sorted(each.path for each in alive())]
+            go_on.set()
+            assert (await client.answer())[0] == 200
+            await spin()
+            found.append(sorted(each.path for each in alive()))
+            client.close()
+            await service.settle()
+        return found
+
+    refused = [f"/refuse/{number}" for number in range(3)]
+    with no_collector():
+        assert run(main(GUARDS[api])) == [["/refuse/2", "/slow"], ["/slow"]]
+        assert run(main(lambda app: None)) == [[*refused, "/slow"]] * 2
+
+
 @pytest.mark.skipif(AIOHTTP < (3, 14), reason="there is none before")
 def test_a_client_that_resets_while_a_large_response_is_sent() -> None:
     """What aiohttp catches outside of all middlewares is for the collector."""
