@@ -17,10 +17,8 @@ from aiohttp import web
 from . import internals
 from .complaints import complain
 from .holders import InUse, leave, pending, somebody_has, sort_out
-from .internals import HANDLE_REQUEST, connection_task, has_gone_on
+from .internals import HANDLE_REQUEST, has_gone_on
 from .sever import (
-    cause_of,
-    context_of,
     empty_with_callers,
     frames_of,
     goes_by_itself,
@@ -35,16 +33,18 @@ __all__ = (
     "Connection",
     "follow_connection",
     "followed_connections",
-    "has_put_off",
     "keeping_connections",
     "kept_requests",
     "note_parser_error",
+    "settled_connections",
 )
 
 # By the id of its task.  It keeps nothing alive: a connection is followed by a callback
 # of that, so one that is never finished (a loop that is closed too early) goes with it.
 followed_connections: "Dict[int, ref[Connection]]" = {}
-# Those of them that keep for later what somebody has in hand.
+# Those of them that have put nothing off since a request of theirs succeeded.
+settled_connections: Set[int] = set()
+# Those that keep for later what somebody has in hand.
 keeping_connections: "Dict[int, ref[Connection]]" = {}
 
 # Where the frame of a request's task is over; before CPython 3.13 frame.clear() closes
@@ -134,9 +134,8 @@ class Connection:
         known = 4 if request is None else 5
         if (
             getrefcount(exc) == known
-            and cause_of(exc) is None
-            and context_of(exc) is None
             and internals.keeps_nothing(raised_by)
+            and goes_by_itself(exc)
         ):
             entry = traceback_of(exc)
             frame = None if entry is None else entry.tb_frame
@@ -173,7 +172,12 @@ class Connection:
 
     def needs(self, exc: BaseException) -> bool:
         """Whether an exception is put off whose request is being answered still."""
-        return self.put_off is exc and internals.is_being_answered(self.task())
+        raised_by = self.raised_by
+        return (
+            self.put_off is exc
+            and raised_by is not None
+            and internals.is_being_answered(raised_by, self.task())
+        )
 
     def keep_for_later(
         self, exceptions: Iterable[BaseException], clear_frames: bool
@@ -214,9 +218,8 @@ class Connection:
         except Exception:
             complain("severing a connection")
         finally:
-            followed_connections.pop(self.key, None)
-            keeping_connections.pop(self.key, None)
             self.take_back()
+            _remove_connection(self.key)
             self.coroutine = self.frame = None
             self.errors = []
             self.unread = None
@@ -233,22 +236,21 @@ def follow_connection(task: Any) -> "Optional[Connection]":
     return connection
 
 
-def has_put_off(request: web.BaseRequest) -> bool:
-    """Whether a request's connection has put something off."""
-    connection = _connection_of(connection_task(request))
-    return connection is not None and connection.put_off is not None
-
-
 def _connection_of(task: Any) -> "Optional[Connection]":
     found = followed_connections.get(id(task))
     return None if found is None else found()
 
 
+def _remove_connection(key: int) -> None:
+    followed_connections.pop(key, None)
+    settled_connections.discard(key)
+    keeping_connections.pop(key, None)
+
+
 def _forget_connection(key: int, reference: "ref[Connection]") -> None:
     """Forget one that is gone without an end, since its loop was closed."""
-    for connections in (followed_connections, keeping_connections):
-        if connections.get(key) is reference:
-            del connections[key]
+    if followed_connections.get(key) is reference:
+        _remove_connection(key)
     # Not for each: that would be quadratic.
     if len(pending) > 2 * len(followed_connections):
         for found in [each for each, holder in pending.items() if holder() is None]:

@@ -22,6 +22,7 @@ from .connections import (
     follow_connection,
     followed_connections,
     keeping_connections,
+    settled_connections,
 )
 from .holders import (
     MOST,
@@ -44,6 +45,7 @@ from .sever import (
     frames_of,
     goes_by_itself,
     graph,
+    leads_on,
     local_values,
     sever,
     traceback_of,
@@ -452,11 +454,12 @@ def note_last(
                 if (
                     (connection.put_off is None or connection.put_off is exc)
                     and getrefcount(exc) == known
-                    and goes_by_itself(exc, below=True)
+                    and not leads_on(exc)
                 ):
                     connection.put_off = exc
                     connection.raised_by = request
                     pending[id(exc)] = connection.reference
+                    settled_connections.discard(connection.key)
                     return
     except Exception:
         complain("putting off an exception")
@@ -492,6 +495,8 @@ def passed(
             connection.sever_put_off(request)  # if it is of an earlier one
             if not connection.forget_swallowed():
                 follow(request, options)
+        if connection is not None and connection.put_off is None:
+            settled_connections.add(connection.key)
         # isinstance() is asked last: the class is abstract, which makes it slow.
         if type(response) is not web.Response:
             error: Any = response  # an HTTPException that was caught and returned

@@ -321,12 +321,17 @@ def has_gone_on(earlier: Any, request: Any) -> bool:
         return False
 
 
-def is_being_answered(task: "Optional[asyncio.Task[Any]]") -> bool:
-    """Whether a connection, by its task, waits for the task of a request.
+def is_being_answered(request: Any, task: "Optional[asyncio.Task[Any]]") -> bool:
+    """Whether a connection, by its task, waits for the task of this request.
 
+    aiohttp: ``RequestHandler._current_request``, 3.8 to 3.14: the next one is handled,
+    or, while a response is sent, none.
     asyncio: ``Task._fut_waiter``, 3.8 to 3.14.
     """
-    return hasattr(getattr(task, "_fut_waiter", None), "get_coro")
+    if not hasattr(getattr(task, "_fut_waiter", None), "get_coro"):
+        return False
+    current = getattr(request.protocol, "_current_request", None)
+    return current is None or is_same(current, request)
 
 
 def connection_of_plain(

@@ -8,9 +8,8 @@ from weakref import WeakSet
 from aiohttp import web
 
 from . import calls, internals
-from .connections import followed_connections, has_put_off, keeping_connections
+from .connections import keeping_connections, settled_connections
 from .guard import begin, note, note_last, passed
-from .holders import pending
 from .internals import connection_of_plain
 from .options import BreakEvent, Options, make_options, switched_off
 from .radar import Radar, Watch, watch_application, watch_of
@@ -187,12 +186,11 @@ def _make_layer(options: Options) -> "Middleware":
         except BaseException as exc:
             note(request, exc, options)
             raise
-        # Most keep nothing, on a connection that is followed already: this is all that
-        # they pay for.
+        # Most keep nothing, on a connection that is followed already and has nothing of
+        # an earlier one: this is all that they pay for.
         if (
-            id(connection_of_plain(request, response)) not in followed_connections
+            id(connection_of_plain(request, response)) not in settled_connections
             or calls.are_followed
-            or (pending and has_put_off(request))
         ):
             passed(request, response, options)
         return response

@@ -452,25 +452,15 @@ else:
         """Before CPython 3.11 a frame does not hold its function."""
 
 
-def goes_by_itself(exc: BaseException, *, below: bool = False) -> bool:
+def goes_by_itself(exc: BaseException) -> bool:
     """Whether an exception leads to no other, and its frames go with its traceback.
 
     If something else refers to one of them, another exception that was caught there
     or a generator that is suspended, taking the traceback off frees nothing.
-
-    Args:
-        exc: the exception.
-        below: ask only about what the outermost frame called; that one runs.
     """
-    if (  # as leads_on(), which would take a call of each failure
-        cause_of(exc) is not None
-        or context_of(exc) is not None
-        or issubclass(type(exc), _Group or _group_type())
-    ):
+    if leads_on(exc):
         return False
     traceback = traceback_of(exc)
-    if below and traceback is not None:
-        traceback = traceback.tb_next
     count = sys.getrefcount
     inner = outer = None
     while traceback is not None:

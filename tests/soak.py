@@ -35,6 +35,8 @@ BODY = b"x" * 70_000
 COUNTED = (web.BaseRequest, web.StreamResponse, RequestHandler, BaseException)
 CONTAINERS = (
     connections.followed_connections,
+    connections.settled_connections,
+    connections.keeping_connections,
     callers._callers,
     holders.in_hand,
     holders.pending,

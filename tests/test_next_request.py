@@ -6,6 +6,7 @@ import contextlib
 import gc
 import sys
 import traceback
+from contextvars import ContextVar
 from typing import Any, Callable, Dict, List
 
 import pytest
@@ -531,16 +532,122 @@ async def keep_another(request: web.Request, response: Any) -> None:
         request["kept"] = exc
 
 
+class Span:
+    """What a tool that follows requests makes for each."""
+
+    entry: Any = None
+
+
+SPAN: "ContextVar[Span]" = ContextVar("span")
+
+
+@web.middleware
+async def make_span(request: web.Request, handler: Any) -> web.StreamResponse:
+    span = Span()
+    SPAN.set(span)
+    return await handler(request)  # type: ignore[no-any-return]
+
+
+async def keep_in_span(request: web.Request, response: Any) -> None:
+    """Close a cycle that leads through no exception."""
+    SPAN.get().entry = response.__traceback__
+
+
 @pytest.mark.parametrize("api", GUARDS)
-@pytest.mark.parametrize("keep", [keep_traceback, keep_frames, keep_another])
+@pytest.mark.parametrize(
+    "keep", [keep_traceback, keep_frames, keep_another, keep_in_span]
+)
 def test_what_is_kept_of_it_later_keeps_nothing(keep: Any, api: str) -> None:
     """Nothing but the response leads to it when the middlewares are done with it."""
 
     def prepare(app: web.Application) -> None:
+        app.middlewares.append(make_span)
         app.on_response_prepare.append(keep)
 
     assert run(left_by(prepare, "/refuse/1", 400, lambda app: None)) == 3
     assert run(left_by(prepare, "/refuse/1", 400, GUARDS[api])) == 0
+
+
+# A subclass of web.Application is warned about, but not refused.
+@pytest.mark.filterwarnings("ignore:Inheritance class")
+@pytest.mark.parametrize("api", GUARDS)
+def test_a_frame_outside_of_all_middlewares_keeps_nothing(api: str) -> None:
+    """Tools put theirs around the application's own."""
+
+    class Outside(web.Application):
+        async def _handle(self, request: web.Request) -> web.StreamResponse:
+            try:
+                return await super()._handle(request)
+            except web.HTTPException as exc:
+                entry = exc.__traceback__
+                assert entry is not None
+                raise
+
+    async def main(install: Guard) -> int:
+        app = Outside()
+        app.router.add_get("/refuse/{number}", refuse)
+        install(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                for _ in range(3):
+                    assert (await service.ask("/refuse/1"))[0] == 400
+                    await service.settle()
+            return len(alive()) - before
+
+    assert run(main(lambda app: None)) == 3
+    assert run(main(GUARDS[api])) == 0
+
+
+@pytest.mark.parametrize("api", GUARDS)
+def test_what_is_put_off_is_nobody_elses_for_long(api: str) -> None:
+    """Only while it is the answer of its own request, not of the next one."""
+
+    async def main(install: Guard) -> List[List[str]]:
+        go_on = asyncio.Event()
+        last: List[BaseException] = []
+
+        async def remember(request: web.Request, response: Any) -> None:
+            if request.path == "/refuse/1":
+                last.append(response)
+
+        async def again(request: web.Request) -> web.Response:
+            try:
+                raise last[0]
+            except web.HTTPException as exc:
+                raise web.HTTPGone from exc
+
+        async def slow(request: web.Request) -> web.Response:
+            await go_on.wait()
+            return web.Response()
+
+        app = application()
+        app.on_response_prepare.append(remember)
+        app.router.add_get("/again", again)
+        app.router.add_get("/slow", slow)
+        install(app)
+        async with serve(app) as service:
+            busy = await service.connect()
+            assert await ask(busy, "/refuse/1") == 400
+            await busy.get("/slow")
+            found = []
+            for _ in range(2):
+                other = await service.connect()
+                assert await ask(other, "/again") == 410
+                other.close()
+                await spin()
+                found.append(sorted(each.path for each in alive()))
+            go_on.set()
+            assert (await busy.answer())[0] == 200
+            busy.close()
+            await service.settle()
+            found.append(sorted(each.path for each in alive()))
+        last.clear()
+        return found
+
+    with no_collector():
+        assert run(main(GUARDS[api])) == [["/refuse/1", "/slow"]] * 2 + [[]]
+        assert run(main(lambda app: None))[-1].count("/again") == 2
 
 
 @pytest.mark.parametrize("api", GUARDS)
@@ -1057,7 +1164,11 @@ def test_loops_that_are_closed_too_early_leave_no_entries(
         service = await start(runner)
         clients = [await service.connect() for _ in range(3)]
         for client in clients:
+            assert await ask(client, "/") == 200
+        assert len(connections.settled_connections) == 3
+        for client in clients:
             assert await ask(client, "/refuse/1") == 400
+        assert not connections.settled_connections
         assert len(holders.pending) == 3
         return clients
 
@@ -1071,6 +1182,7 @@ def test_loops_that_are_closed_too_early_leave_no_entries(
             gc.collect()
         assert not holders.pending
         assert not connections.followed_connections
+        assert not connections.settled_connections
 
 
 def test_what_another_task_had_in_hand_goes_when_the_connection_goes_on() -> None:
