@@ -13,8 +13,9 @@ import tracemalloc
 from array import array
 from collections import deque
 from collections.abc import Mapping, Set
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, AsyncIterator, Callable, Dict, List
+from typing import Any, AsyncIterator, Callable, Dict, List, Sequence
 from weakref import WeakSet
 
 import pytest
@@ -143,14 +144,16 @@ async def ask(client: Client, number: int, path: str = "/") -> None:
 # --- callbacks ------------------------------------------------------------------
 
 
-def callbacks_of(way: str, number: int = 20, *paths: str) -> Callbacks:
+def callbacks_of(
+    way: str, paths: Sequence[str] = ("/",), number: int = 20
+) -> Callbacks:
     callbacks = Callbacks()
 
     async def main() -> None:
         async with serving(way, callbacks) as service:
             client = await service.connect()
-            for asked in range(number):
-                await ask(client, 1, paths[asked % len(paths)] if paths else "/")
+            for path in islice(cycle(paths), number):
+                await ask(client, 1, path)
             client.close()
             await service.settle()
 
@@ -178,8 +181,8 @@ def test_a_plain_failure_gets_no_callback(way, paths, monkeypatch):
     walked = []
     monkeypatch.setattr(guard, "sort_out", walked.append)
     monkeypatch.setattr(connections, "sort_out", walked.append)
-    bare = callbacks_of("bare", 20, *paths)
-    assert callbacks_of(way, 20, *paths).of_requests == bare.of_requests
+    bare = callbacks_of("bare", paths)
+    assert callbacks_of(way, paths).of_requests == bare.of_requests
     assert not walked
 
 
