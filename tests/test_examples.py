@@ -9,10 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence, Tuple
 
 import pytest
 from aiohttp import web
@@ -27,11 +26,14 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "docs" / "examples"
 
 
 @contextlib.contextmanager
-def process(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
+def process(
+    *arguments: str, inherited: Sequence[int] = ()
+) -> Iterator["subprocess.Popen[str]"]:
     """A process in the folder of the examples, ended when it is left."""
     started = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=EXAMPLES,
+        pass_fds=inherited,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -45,9 +47,28 @@ def process(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
         started.stdout.close()
 
 
+@contextlib.contextmanager
+def gunicorn(*arguments: str) -> Iterator[Tuple["subprocess.Popen[str]", int]]:
+    """The master, and the port of a socket that it inherits.
+
+    Nobody else can take that port, and a connection waits until there is a worker.
+    """
+    with contextlib.ExitStack() as stack:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            sock.listen(128)
+            port = sock.getsockname()[1]
+            fd = sock.fileno()
+            command = ("-m", "gunicorn", *arguments, f"--bind=fd://{fd}")
+            master = stack.enter_context(process(*command, inherited=[fd]))
+        # Closed here, it ends with the master, and so do connections that wait for it.
+        yield master, port
+
+
 def ask(port: int, path: str) -> Any:
+    url = f"http://127.0.0.1:{port}{path}"
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as answer:
+        with urllib.request.urlopen(url, timeout=120) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         error.close()
@@ -117,30 +138,17 @@ def test_gunicorn_workers_are_guarded(worker: str) -> None:
     pytest.importorskip("gunicorn")
     if "UVLoop" in worker:
         pytest.importorskip("uvloop")
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    with process(
-        "-m",
-        "gunicorn",
+    with gunicorn(
         "gunicorn_app:create_runner",
-        "--worker-class",
-        f"aiohttp.{worker}",
+        *("--worker-class", f"aiohttp.{worker}"),
         "--workers=2",
-        f"--bind=127.0.0.1:{port}",
-    ) as master:
-        for _ in range(600):
-            with contextlib.suppress(OSError):
-                ask(port, "/count")
-                break
-            if master.poll() is not None:
-                assert master.stdout is not None
-                output = master.stdout.read()
-                assert "There is no current event loop" in output
-                pytest.skip(
-                    "this aiohttp's uvloop worker does not start with this uvloop"
-                )
-            time.sleep(0.05)
+    ) as (master, port):
+        try:
+            ask(port, "/count")
+        except OSError:
+            output, _ = master.communicate(timeout=60)
+            assert "There is no current event loop" in output
+            pytest.skip("this aiohttp's uvloop worker does not start with this uvloop")
         for _ in range(100):
             assert ask(port, "/") == 400
         counts = [ask(port, "/count") for _ in range(20)]

@@ -8,7 +8,6 @@ import pathlib
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from aiohttp_cyclebreak import Radar
 from aiohttp_cyclebreak.radar import watch_of
 
 from .service import run, serve, spin
-from .test_examples import EXAMPLES, ask, process
+from .test_examples import EXAMPLES, ask, gunicorn
 from .test_prometheus import Application
 from .test_radar import logged
 
@@ -93,7 +92,8 @@ def _metrics_of(text: str) -> Dict[str, float]:
 
 
 def _scrape(port: int) -> Dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+    url = f"http://127.0.0.1:{port}/metrics"
+    with urllib.request.urlopen(url, timeout=120) as answer:
         return _metrics_of(answer.read().decode())
 
 
@@ -104,20 +104,11 @@ def test_gunicorn_workers_are_added_up(
     """One scrape has the numbers of both; those of one that has died are taken off."""
     pytest.importorskip("gunicorn")
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    with process(
-        *("-m", "gunicorn", "-c", "gunicorn_metrics.py", "metrics_app:create_app"),
-        f"--bind=127.0.0.1:{port}",
-    ) as master:
-        for _ in range(600):
-            try:
-                _scrape(port)
-                break
-            except OSError:
-                assert master.poll() is None
-                time.sleep(0.05)
+    with gunicorn("-c", "gunicorn_metrics.py", "metrics_app:create_app") as (
+        master,
+        port,
+    ):
+        _scrape(port)
         kept: Dict[int, int] = {}  # by worker
         while len(kept) < 2 or sum(kept.values()) < 20:
             worker = ask(port, "/keep/x")["worker"]
