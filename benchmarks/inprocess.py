@@ -56,11 +56,19 @@ async def receive(request: web.Request) -> web.Response:
     return web.Response(text="ok")
 
 
+async def refuse_upload(request: web.Request) -> web.Response:
+    await request.read()
+    raise web.HTTPBadRequest
+
+
 REQUESTS = {
     "success": b"GET /ok HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "failure": b"GET /fail HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "failure with rows": b"GET /rows HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "upload": b"POST /body HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody",
+    "upload refused": (
+        b"POST /refuse HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody"
+    ),
 }
 
 
@@ -96,6 +104,7 @@ async def serve(way: str) -> web.AppRunner:
     app.router.add_get("/fail", refuse)
     app.router.add_get("/rows", refuse_rows)
     app.router.add_post("/body", receive)
+    app.router.add_post("/refuse", refuse_upload)
     return await start_runner(app, way)
 
 
