@@ -31,6 +31,7 @@ from .sever import (
 
 __all__ = (
     "Connection",
+    "clear_request_frame",
     "follow_connection",
     "followed_connections",
     "keeping_connections",
@@ -52,6 +53,24 @@ keeping_connections: "Dict[int, ref[Connection]]" = {}
 _RETURNS = frozenset() if HANDLE_REQUEST is None else returns_of(HANDLE_REQUEST)
 
 
+def clear_request_frame(exc: BaseException) -> bool:
+    """Let the frame of a request's task, which has returned, go of the response.
+
+    Returns:
+        Whether the response came to that frame, and the connection has gone on.
+    """
+    entry = traceback_of(exc)
+    frame = None if entry is None else entry.tb_frame
+    if (
+        frame is None
+        or frame.f_code is not HANDLE_REQUEST
+        or frame.f_lasti not in _RETURNS
+    ):
+        return False
+    frame.clear()
+    return True
+
+
 class Connection:
     """A connection that is followed to the end of its task."""
 
@@ -65,6 +84,7 @@ class Connection:
         "key",
         "put_off",
         "raised_by",
+        "asked",
         "reference",
         "task",
         "__weakref__",
@@ -81,10 +101,13 @@ class Connection:
         self.later: Dict[int, Tuple[BaseException, bool]] = {}
         self.following = 0  # requests by a callback of their task
         # What a request has raised, and is severed when the next one has been handled
-        # or the connection ends.  Until then aiohttp has it as well, as the response,
-        # in the live frame of the connection's task.
+        # or the connection ends: until then aiohttp has it as well, as the response, in
+        # the live frame of the connection's task.  If the request's task is asked, it
+        # is severed when that is done.
         self.put_off: Optional[BaseException] = None
         self.raised_by: Optional[web.BaseRequest] = None
+        # The request whose task is asked in the end, until then.
+        self.asked: Optional[web.BaseRequest] = None
         self.task = ref(task)
         self.reference = ref(self, partial(_forget_connection, self.key))
 
@@ -136,19 +159,12 @@ class Connection:
             getrefcount(exc) == known
             and internals.keeps_nothing(raised_by)
             and goes_by_itself(exc)
+            and clear_request_frame(exc)
+            and getrefcount(exc) == known - 1
         ):
-            entry = traceback_of(exc)
-            frame = None if entry is None else entry.tb_frame
-            if (
-                frame is not None
-                and frame.f_code is HANDLE_REQUEST
-                and frame.f_lasti in _RETURNS  # so that the connection has gone on
-            ):
-                frame.clear()
-                if getrefcount(exc) == known - 1:
-                    self.put_off = self.raised_by = None
-                    pending.pop(id(exc), None)
-                    return
+            self.put_off = self.raised_by = None
+            pending.pop(id(exc), None)
+            return
         if request is not None and not has_gone_on(raised_by, request):
             return
         self.take_back()
@@ -166,7 +182,10 @@ class Connection:
             sorted_out = sort_out(exceptions, lambda exc: False, InUse())
             for _, own in sorted_out.ready:
                 sever(own, spare=sorted_out.spare)
-            leave(sorted_out.in_flight)
+            if self.coroutine is None:  # it has ended
+                leave(sorted_out.in_flight)
+            else:
+                self.keep_for_later(sorted_out.in_flight, True)
         except Exception:
             complain("severing what was put off")
 
@@ -220,7 +239,7 @@ class Connection:
         finally:
             self.take_back()
             _remove_connection(self.key)
-            self.coroutine = self.frame = None
+            self.coroutine = self.frame = self.asked = None
             self.errors = []
             self.unread = None
             self.later = {}

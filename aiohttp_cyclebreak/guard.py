@@ -9,7 +9,7 @@ it is left to the connection, without a callback: see :mod:`.connections`.
 import asyncio
 import sys
 from sys import getrefcount
-from typing import Any, Callable, Coroutine, Dict, List, Optional, cast
+from typing import Any, Callable, Coroutine, Dict, List, Optional, Union, cast
 from weakref import getweakrefs, ref
 
 from aiohttp import hdrs, web
@@ -19,6 +19,7 @@ from .calls import Serving
 from .complaints import ENDS, complain, logger
 from .connections import (
     Connection,
+    clear_request_frame,
     follow_connection,
     followed_connections,
     keeping_connections,
@@ -157,10 +158,11 @@ class _Request(Holder):
                 if connection is not None and internals.has_read_body(self.request):
                     if self.exceptions:
                         # The task's other callbacks may come to it by its response.
-                        release = self._release_read_body
-                        task.get_loop().call_soon(release, connection, self.exceptions)
+                        task.get_loop().call_soon(
+                            _release_read_body, self, connection, self.exceptions
+                        )
                     else:
-                        self._release_read_body(connection, [])
+                        _release_read_body(self, connection, [])
         except Exception:
             complain("severing a request")
         finally:
@@ -277,48 +279,148 @@ class _Request(Holder):
             internals.forget_missing_route(request)
         if not request.body_exists:
             return
-        connection = self.connection
         if self.releases_body and request.content.is_eof():
             internals.release_body(request, BodyReleasedError)
-        elif not internals.release_payload(request.content) and connection is not None:
-            # The client still sends the body; aiohttp reads on for a while.
-            connection.unread = request.content
+        else:
+            _release_payload(request, self.connection)
 
-    def _release_read_body(
-        self, connection: "Connection", exceptions: List[BaseException]
+
+class _Asked:
+    """A request whose task is asked in the end what became of its exception.
+
+    It may have a body as well; nothing else of it is to be followed.  Below another
+    middleware the next request may never come to one of ours, so that nothing waits for
+    that.
+    """
+
+    __slots__ = ("request", "connection", "options")
+
+    def __init__(
+        self, request: web.BaseRequest, connection: Connection, options: Options
     ) -> None:
-        """Let go of the body, if nobody but the connection's task has the request.
+        self.request = request
+        self.connection = connection
+        self.options = options
 
-        Nobody can read it any more then, and an idle connection would keep it until
-        its next request.
-        """
+    def done(self, task: "asyncio.Future[Any]") -> None:
+        if internals.is_awaited(self.request, task):
+            # As of one that is followed.
+            task.get_loop().call_soon(self.end, task)
+        else:
+            self.end(task)
+
+    def end(self, task: "asyncio.Future[Any]") -> None:
         try:
-            request = self.request
-            if not COUNTS_ARE_EXACT:
+            connection = self.connection
+            if connection.asked is self.request:
+                connection.asked = None
+            if connection.following and _FOLLOWED in self.request.__dict__:
+                return  # another layer does all that, and has options of its own
+            if connection.later:
+                connection.sever_later_ones()
+            dropped = None
+            if not internals.keeps_own_exception(self.request):
+                dropped = self._drop(task)
+            if dropped is None:
+                self._follow().end(task)
                 return
-            for reference in getweakrefs(request):
-                if type(reference) is not Watching:
-                    return
-            for exc in exceptions:
-                # What is left of the response's traceback goes with the response only.
-                # The list, the variable, the argument; the connection's variable.
-                known = 3 + internals.connection_holds(
-                    connection.coroutine, connection.frame, exc
-                )
-                if getrefcount(exc) == known and goes_by_itself(exc):
-                    for frame in frames_of(exc):
-                        empty(frame)
-            # The attribute, the variable, the argument; the connection's variable.
-            known = 3 + internals.connection_holds(
-                connection.coroutine, connection.frame, request
-            )
-            if (
-                getrefcount(request) == known
-                and getrefcount(request.__dict__) == _UNSHARED_DICT
-            ):
-                internals.release_read_body(request)
+            if self.request.body_exists:
+                _release_payload(self.request, connection)
+            if internals.has_read_body(self.request):
+                if dropped:  # as above, of the task's other callbacks
+                    task.get_loop().call_soon(
+                        _release_read_body, self, connection, dropped
+                    )
+                else:
+                    _release_read_body(self, connection, dropped)
         except Exception:
-            complain("releasing a body")
+            complain("letting go of a request")
+
+    def _drop(self, task: "asyncio.Future[Any]") -> Optional[List[BaseException]]:
+        """As that of a request that is followed.
+
+        Returns:
+            What needs not be severed any more; None: something has to be.
+        """
+        connection = self.connection
+        exc = connection.put_off
+        if exc is None or connection.raised_by is not self.request:
+            return []
+        # The variable, the argument, the attribute, the task's result and its frame;
+        # perhaps that of the connection, which may have the next response already.
+        known = 5 + internals.connection_holds(
+            connection.coroutine, connection.frame, exc
+        )
+        if (
+            getrefcount(exc) != known
+            or not internals.is_answered_by(task, exc)
+            or not goes_by_itself(exc)
+            or not clear_request_frame(exc)  # or it was returned
+            or getrefcount(exc) != known - 1
+        ):
+            return None
+        connection.take_back()
+        return [exc]
+
+    def _follow(self) -> _Request:
+        """Follow the request to its end, as others that keep something are."""
+        followed = _Request(self.request, self.connection)
+        del self.request  # what is followed counts the references to it
+        self.connection.following += 1
+        followed.add(self.options)
+        exc = self.connection.take_back_of(followed.request)
+        if exc is not None:
+            followed.note(exc)
+        return followed
+
+
+def _release_payload(
+    request: web.BaseRequest, connection: "Optional[Connection]"
+) -> None:
+    if not internals.release_payload(request.content) and connection is not None:
+        # The client still sends the body; aiohttp reads on for a while.
+        connection.unread = request.content
+
+
+def _release_read_body(
+    owner: "Union[_Request, _Asked]",
+    connection: Connection,
+    exceptions: List[BaseException],
+) -> None:
+    """Let go of the body, if nobody but the connection's task has the request.
+
+    Nobody can read it any more then, and an idle connection would keep it until
+    its next request.
+    """
+    try:
+        request = owner.request
+        if not COUNTS_ARE_EXACT:
+            return
+        for reference in getweakrefs(request):
+            if type(reference) is not Watching:
+                return
+        for exc in exceptions:
+            # What is left of the response's traceback goes with the response only.
+            # The list, the variable, the argument; the connection's variable.
+            known = 3 + internals.connection_holds(
+                connection.coroutine, connection.frame, exc
+            )
+            if getrefcount(exc) == known and goes_by_itself(exc):
+                if not getweakrefs(exc):
+                    detach(exc)  # nobody comes to it any more
+                for frame in frames_of(exc):
+                    empty(frame)
+        # The attribute, the variable, the argument; the connection's variable.
+        known = 3 + internals.connection_holds(
+            connection.coroutine, connection.frame, request
+        )
+        if (
+            getrefcount(request) == known
+            and getrefcount(request.__dict__) == _UNSHARED_DICT
+        ):
+            internals.release_read_body(request)
+    except Exception:
+        complain("releasing a body")
 
 
 def begin(request: web.BaseRequest, options: Options) -> None:
@@ -428,21 +530,25 @@ def note_last(
     options: Options,
     middleware: Optional[Callable[..., Any]],
 ) -> None:
-    """As :func:`note`, of the response perhaps: outside of all middlewares is aiohttp.
+    """As :func:`note`, of the response perhaps.
 
-    Nobody else has most of those, and a callback for each would cost more than all the
-    rest.  It is put off; who asks further inside does not know yet whether it is
-    swallowed on its way.
+    Nobody else has most of those, and to follow the request for each would cost more
+    than all the rest.  It is put off: until the next request, or, where it may be
+    swallowed on its way still or there is a body, until the request's task is done.
 
     Args:
         request: as for :func:`note`.
         exc: as for :func:`note`.
         options: as for :func:`note`.
-        middleware: the outermost one; None: it is outside of all middlewares.
+        middleware: the one that looks again outside of all others, if it is there;
+            None: that is certain.
     """
     try:
         if options.are_silent and not calls.are_followed:
-            task = connection_of_response(request, middleware)
+            task = connection_of_response(request)
+            has_body = task is None
+            if has_body and not options.release_body:
+                task = internals.connection_of_upload(request)
             found = followed_connections.get(id(task))
             connection = follow_connection(task) if found is None else found()
             if connection is not None and not connection.following:
@@ -455,6 +561,17 @@ def note_last(
                     (connection.put_off is None or connection.put_off is exc)
                     and getrefcount(exc) == known
                     and not leads_on(exc)
+                    and (
+                        known != _UNSHARED  # it was put off further inside
+                        or (
+                            not has_body
+                            and (
+                                middleware is None
+                                or internals.is_outermost(request, middleware)
+                            )
+                        )
+                        or _ask_in_the_end(request, connection, options)
+                    )
                 ):
                     connection.put_off = exc
                     connection.raised_by = request
@@ -464,6 +581,24 @@ def note_last(
     except Exception:
         complain("putting off an exception")
     note(request, exc, options)
+
+
+def _ask_in_the_end(
+    request: web.BaseRequest, connection: Connection, options: Options
+) -> bool:
+    """Ask a request's task, if it is the current one, what became of the request.
+
+    Returns:
+        Whether it is.
+    """
+    if connection.asked is request:  # by another layer
+        return True
+    task = internals.own_task(request)
+    if task is None:
+        return False
+    connection.asked = request
+    task.add_done_callback(_Asked(request, connection, options).done)
+    return True
 
 
 def leave_alone(request: web.BaseRequest, kept: bool) -> None:
@@ -486,6 +621,8 @@ def passed(
     response that is no websocket.  A connection is followed from its first request.
     """
     try:
+        if type(response) is web.Response and _keeps_only_body(request, options):
+            return
         if not internals.is_request(request):
             return
         connection = follow_connection(request.task)
@@ -509,6 +646,20 @@ def passed(
             _look_at_calls(request, options)
     except Exception:
         complain("looking at a request")
+
+
+def _keeps_only_body(request: web.Request, options: Options) -> bool:
+    """Ask in the end for a body that can be let go, if there is nothing else."""
+    if not options.are_silent or options.release_body or calls.are_followed:
+        return False
+    connection = follow_connection(internals.connection_of_upload(request))
+    if connection is None or connection.following:
+        return False
+    if connection.put_off is not None:
+        connection.sever_put_off(request)  # if it is of an earlier one
+    if connection.put_off is not None:
+        return False
+    return _ask_in_the_end(request, connection, options)
 
 
 def _look_at_calls(request: web.Request, options: Options) -> None:

@@ -32,6 +32,7 @@ __all__ = (
     "connection_holds",
     "connection_of_plain",
     "connection_of_response",
+    "connection_of_upload",
     "connection_task",
     "error_of_call",
     "error_of_last_attempt",
@@ -42,19 +43,23 @@ __all__ = (
     "has_middlewares",
     "has_read_body",
     "has_request",
+    "is_answered_by",
     "is_awaited",
     "is_being_answered",
     "is_current",
     "is_guarded",
+    "is_outermost",
     "is_request",
     "is_same",
     "is_websocket_of",
     "keeps_nothing",
+    "keeps_own_exception",
     "kept_exceptions",
     "lacks",
     "make_innermost",
     "make_outermost",
     "missing_route",
+    "own_task",
     "release_body",
     "release_payload",
     "release_read_body",
@@ -62,7 +67,6 @@ __all__ = (
     "request_task",
     "response_of",
     "run_middlewares",
-    "runs_in_own_task",
     "subapps",
 )
 
@@ -119,22 +123,27 @@ def is_request(value: object) -> bool:
     return web.BaseRequest in type(value).__mro__
 
 
-def runs_in_own_task(request: web.BaseRequest) -> bool:
-    """Whether what runs now is the task that aiohttp made for a request.
+def own_task(request: Any) -> "Optional[asyncio.Task[Any]]":
+    """The current task, if it is the one that aiohttp has made for a request.
 
-    aiohttp: as :func:`request_task`.
+    Inside of :func:`asyncio.shield` or :func:`asyncio.wait_for` (before Python 3.12) it
+    is another one, which outer middlewares may not wait for to its end; and a request
+    may run another one's handler.
+
+    aiohttp: as :func:`request_task`, and ``BaseRequest._task``, 3.8 to 3.14.
+    asyncio: ``Task._fut_waiter``, 3.8 to 3.14; of a connection that is running, since
+    the task was started eagerly, it is None.
     """
     try:
-        current = asyncio.current_task()
-    except RuntimeError:
-        return False  # the coroutine is thrown away
-    if current is None or HANDLE_REQUEST is None:
-        return False
-    try:
-        code = getattr(current.get_coro(), "cr_code", None)
-        return code is HANDLE_REQUEST and is_current(request)
-    except Exception:  # a task, or what is passed on as a request, may be of any class
-        return False
+        current: Any = asyncio.current_task()
+        waiting_for = getattr(request._task, "_fut_waiter", None)
+        if current.get_coro().cr_code is HANDLE_REQUEST and (
+            waiting_for is current or waiting_for is None
+        ):
+            return current  # type: ignore[no-any-return]
+    except Exception:  # there is none, or it is of any class
+        pass
+    return None
 
 
 def is_awaited(request: web.BaseRequest, task: "asyncio.Future[Any]") -> bool:
@@ -156,6 +165,14 @@ def response_of(task: "asyncio.Future[Any]") -> Optional[web.StreamResponse]:
         return None
     response: Optional[web.StreamResponse] = task.result()[0]
     return response
+
+
+def is_answered_by(task: "asyncio.Future[Any]", exc: object) -> bool:
+    """Whether an exception is the response that a request's task was for.
+
+    aiohttp: as :func:`response_of`.
+    """
+    return response_of(task) is exc
 
 
 def is_websocket_of(request: web.BaseRequest, value: object) -> bool:
@@ -243,41 +260,66 @@ def keeps_nothing(request: Any) -> bool:
         return False
 
 
-def connection_of_response(
-    request: Any, middleware: Optional[Callable[..., Any]]
-) -> "Optional[asyncio.Task[Any]]":
+def connection_of_response(request: Any) -> "Optional[asyncio.Task[Any]]":
     """The connection's task, if an HTTPException can be the response of a request.
 
     That is one which keeps nothing, asks for no websocket, and is the one that is being
     handled, no clone of it.
 
     aiohttp: as :func:`keeps_nothing`, ``BaseRequest._headers``, ``._protocol`` and
-    ``._task``, ``RequestHandler._current_request``, ``UrlMappingMatchInfo._apps`` and
-    ``Application._middlewares``, 3.8 to 3.14.
-
-    Args:
-        request: the request.
-        middleware: the outermost one; None: none of them has to be.
+    ``._task``, and ``RequestHandler._current_request``, 3.8 to 3.14.
 
     Returns:
         The task; None when there is more to look at.
     """
     try:
-        match_info = request._match_info
         if (
             request._payload is EMPTY_PAYLOAD
             and not request._state
-            and type(match_info) is _MatchInfo
+            and type(request._match_info) is _MatchInfo
             and request._protocol._current_request is request
             and _UPGRADE not in request._headers
-            and (
-                middleware is None or match_info._apps[0]._middlewares[0] is middleware
-            )
         ):
             return request._task  # type: ignore[no-any-return]
     except Exception:  # an application may pass on an object of its own as a request
         pass
     return None
+
+
+def connection_of_upload(request: Any) -> "Optional[asyncio.Task[Any]]":
+    """As :func:`connection_of_response`, of a request that has a body.
+
+    aiohttp: as there, from 3.10.6 on: before, each body has an exception of its own
+    in the end (see :func:`release_payload`).
+
+    Returns:
+        The task; None when there is no body, or more to look at.
+    """
+    try:
+        if (
+            request._payload is not EMPTY_PAYLOAD
+            and _PAYLOAD_ACCESS_ERROR is not None
+            and not request._state
+            and type(request._match_info) is _MatchInfo
+            and request._protocol._current_request is request
+            and _UPGRADE not in request._headers
+        ):
+            return request._task  # type: ignore[no-any-return]
+    except Exception:  # as above
+        pass
+    return None
+
+
+def is_outermost(request: Any, middleware: Callable[..., Any]) -> bool:
+    """Whether a middleware is the outermost of all that a request goes through.
+
+    aiohttp: ``Request._match_info``, ``UrlMappingMatchInfo._apps`` and
+    ``Application._middlewares``, 3.8 to 3.14.  Without them the answer is no.
+    """
+    try:
+        return request._match_info._apps[0]._middlewares[0] is middleware
+    except Exception:  # as above
+        return False
 
 
 def is_same(request: Any, other: Any) -> bool:
@@ -398,6 +440,21 @@ def release_payload(payload: aiohttp.StreamReader) -> bool:
         payload.set_exception(web.PayloadAccessError)  # type: ignore[arg-type]
         return True
     return error is not None
+
+
+def keeps_own_exception(request: Any) -> bool:
+    """Whether :func:`kept_exceptions` may find any.
+
+    aiohttp: as there.  Without them the answer is yes.
+    """
+    try:
+        payload = request._payload
+        error = None if payload is EMPTY_PAYLOAD else payload.exception()
+        return (error is not _PAYLOAD_ACCESS_ERROR and is_exception(error)) or any(
+            map(is_exception, request._state.values())
+        )
+    except AttributeError:
+        return True
 
 
 def release_body(request: web.BaseRequest, error: Type[BaseException]) -> None:

@@ -228,7 +228,7 @@ def _make_inner_layer(options: Options, outermost: "Middleware") -> "Middleware"
             return await handler(request)
         except HTTPException as exc:
             # In a task of its own, the outermost may be through with the request.
-            if internals.runs_in_own_task(request):
+            if internals.own_task(request) is not None:
                 note_last(request, exc, options, outermost)
             else:
                 note(request, exc, options)

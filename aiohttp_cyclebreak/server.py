@@ -123,7 +123,7 @@ def _guard_inside(app: web.Application, options: Options) -> None:
             return await handler(request)
         except web.HTTPException as exc:
             if internals.is_guarded(request):
-                if internals.runs_in_own_task(request):
+                if internals.own_task(request) is not None:
                     note_last(request, exc, options, None)
                 else:
                     note(request, exc, options)

@@ -24,7 +24,7 @@ from aiohttp import web
 import aiohttp_cyclebreak
 from aiohttp_cyclebreak import connections, cyclebreak, guard, guard_server, setup
 
-from .service import Client, Service, no_collector, run, spin
+from .service import AIOHTTP, Client, Service, no_collector, run, spin
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -82,12 +82,17 @@ AROUND: Dict[str, Callable[[web.Application], Any]] = {
         lambda app: (middlewares(swallows)(app), setup(app))
     ),
 }
+BELOW: Dict[str, Callable[[web.Application], Any]] = {
+    "cyclebreak() below idle": lambda app: middlewares(idle, cyclebreak())(app),
+    "two below idle": lambda app: middlewares(idle, cyclebreak(), cyclebreak())(app),
+}
 WAYS = {
     **AROUND,
     "bare": middlewares(),
     "idle": middlewares(idle),
     "calls back": middlewares(calls_back),
     "remembers": middlewares(remembers),
+    **BELOW,
     **GUARDS,
 }
 
@@ -115,9 +120,17 @@ async def serving(way: str, callbacks: Any = None) -> AsyncIterator[Service]:
     async def fail(request: web.Request) -> web.Response:
         raise web.HTTPBadRequest
 
+    async def receive(request: web.Request) -> web.Response:
+        return web.Response(text=await request.text())
+
+    async def receive_and_fail(request: web.Request) -> web.Response:
+        raise web.HTTPBadRequest(text=await request.text())
+
     app = web.Application()
     app.router.add_get("/", succeed)
     app.router.add_get("/fail", fail)
+    app.router.add_post("/", receive)
+    app.router.add_post("/fail", receive_and_fail)
     if callbacks is not None:
         app.on_response_prepare.append(callbacks.count)
     WAYS[way](app)
@@ -134,8 +147,9 @@ async def serving(way: str, callbacks: Any = None) -> AsyncIterator[Service]:
 
 
 async def ask(client: Client, number: int, path: str = "/") -> None:
+    method, _, path = path.rpartition(" ")
     for _ in range(number):
-        await client.get(path)
+        await (client.post(path, b"body") if method == "POST" else client.get(path))
         status, _ = await client.answer()
         assert status == (200 if path == "/" else 400)
     await spin()
@@ -184,6 +198,45 @@ def test_a_plain_failure_gets_no_callback(way, paths, monkeypatch):
     bare = callbacks_of("bare", paths)
     assert callbacks_of(way, paths).of_requests == bare.of_requests
     assert not walked
+
+
+@pytest.mark.parametrize("way", BELOW)
+@pytest.mark.parametrize("paths", [["/fail"], ["/fail", "/"]], ids=" ".join)
+def test_a_plain_failure_below_another_middleware_gets_one_callback(
+    way, paths, monkeypatch
+):
+    """That one may swallow it: its end is asked for no more than what became of it."""
+    followed = []
+    monkeypatch.setattr(guard, "_Request", followed.append)
+    monkeypatch.setattr(connections, "sort_out", followed.append)
+    bare = callbacks_of("bare", paths).of_requests
+    asked = [path == "/fail" for path in islice(cycle(paths), len(bare))]
+    found = callbacks_of(way, paths).of_requests
+    assert found == [number + more for number, more in zip(bare, asked)]
+    assert not followed
+
+
+@pytest.mark.skipif(
+    AIOHTTP < (3, 10, 6), reason="each body has an exception of its own"
+)
+@pytest.mark.parametrize("way", [*GUARDS, *list(AROUND)[:2], "cyclebreak() below idle"])
+@pytest.mark.parametrize(
+    "paths",
+    [["POST /"], ["POST /fail"], ["/fail", "POST /", "POST /fail"]],
+    ids=" ".join,
+)
+def test_a_plain_upload_gets_one_callback(way, paths, monkeypatch):
+    """Its end is asked for, to let go of the body; nothing else of it is followed."""
+    followed = []
+    monkeypatch.setattr(guard, "_Request", followed.append)
+    monkeypatch.setattr(connections, "sort_out", followed.append)
+    bare = callbacks_of("bare", paths).of_requests
+    below = ["/fail"] if "below" in way else []
+    asked = [path in ("POST /", "POST /fail", *below) for path in paths]
+    asked = list(islice(cycle(asked), len(bare)))
+    found = callbacks_of(way, paths).of_requests
+    assert found == [number + more for number, more in zip(bare, asked)]
+    assert not followed
 
 
 @pytest.mark.parametrize("way", GUARDS)

@@ -1200,3 +1200,37 @@ def test_it_is_made_once_for_many_sessions() -> None:
         assert len(classes) == 1
 
     run(main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_call_that_fails_for_an_upload_is_stopped_too(loop: str) -> None:
+    """The handler has read its body, and swallows the failure."""
+
+    async def main(guarded: bool) -> int:
+        upstream = Upstream([b""])
+        async with gateway(read_and_swallow, upstream, guarded=guarded) as fixture:
+            with no_collector():
+                before = len(alive(web.BaseRequest))
+                for _ in range(3):
+                    client = await fixture.service.connect()
+                    await client.send(
+                        b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+                        b"Content-Length: 4\r\n\r\nbody"
+                    )
+                    assert (await client.answer())[0] == 502
+                    client.close()
+                    await fixture.service.settle()
+                left = len(alive(web.BaseRequest)) - before
+            gc.collect()
+        return left
+
+    assert run(main(True), loop) == 0
+    if run(main(False), loop) == 0:
+        pytest.skip(f"aiohttp {aiohttp.__version__} keeps none")
+
+
+async def read_and_swallow(
+    request: web.Request, session: aiohttp.ClientSession, url: str
+) -> web.Response:
+    await request.read()
+    return await swallow(request, session, url)

@@ -8,6 +8,7 @@ import sys
 import traceback
 from contextvars import ContextVar
 from typing import Any, Callable, Dict, List
+from weakref import ref
 
 import pytest
 from aiohttp import web
@@ -26,9 +27,17 @@ from .test_server import start
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
+
+@web.middleware
+async def idle(request: web.Request, handler: Any) -> web.StreamResponse:
+    return await handler(request)  # type: ignore[no-any-return]
+
+
 Guard = Callable[[web.Application], Any]
 GUARDS: Dict[str, Guard] = {
     "appended": lambda app: app.middlewares.append(cyclebreak()),
+    # What it sees may be swallowed still: the request's task is asked in the end.
+    "below": lambda app: app.middlewares.extend([idle, cyclebreak()]),
     "outermost": lambda app: app.middlewares.insert(0, cyclebreak()),
     "setup": setup,
 }
@@ -164,11 +173,13 @@ def test_the_end_of_the_connection_is_the_latest(
 
 
 # One that is outside sees none.
-@pytest.mark.parametrize("api", ["appended", "setup"])
+@pytest.mark.parametrize("api", ["appended", "below", "setup"])
 @pytest.mark.parametrize("held", [1, 2, 3])
-@pytest.mark.parametrize("swallowed", [True, False])
+@pytest.mark.parametrize("pauses", [True, False])
+@pytest.mark.parametrize("how", ["swallowed", "raised", "returned"])
+@pytest.mark.filterwarnings("ignore:returning HTTPException:DeprecationWarning")
 def test_who_holds_the_exception_prints_all_of_it(
-    swallowed: bool, held: int, api: str
+    how: str, pauses: bool, held: int, api: str
 ) -> None:
     """Also where the references are as many as those that aiohttp has itself."""
     kept: List[BaseException] = []
@@ -179,15 +190,23 @@ def test_who_holds_the_exception_prints_all_of_it(
             return await handler(request)  # type: ignore[no-any-return]
         except web.HTTPException as exc:
             kept.extend([exc] * held)
-            if swallowed:
+            if how == "swallowed":
                 return web.Response(status=400)
+            if how == "returned":
+                return exc
             raise
+
+    async def pause(request: web.Request, response: Any) -> None:
+        # The connection waits for the request's task only after it has raised.
+        await asyncio.sleep(0)
 
     def line_is_there() -> bool:
         return "in refuse" in "".join(traceback.format_tb(kept[0].__traceback__))
 
     async def main() -> None:
         app = application(keep)
+        if pauses:
+            app.on_response_prepare.append(pause)
         GUARDS[api](app)
         async with serve(app) as service:
             client = await service.connect()
@@ -196,7 +215,7 @@ def test_who_holds_the_exception_prints_all_of_it(
                 await spin()
                 assert line_is_there()
                 assert nothing_is_held()
-                assert not holders.pending or not swallowed
+                assert not holders.pending or how != "swallowed"
             client.close()
             await service.settle()
 
@@ -204,6 +223,241 @@ def test_who_holds_the_exception_prints_all_of_it(
         before = len(alive())
         run(main())
         assert line_is_there()
+        assert len(alive()) == before
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("where", ["below", "sub-application"])
+@pytest.mark.parametrize("following", ["/health", "/missing"])
+def test_it_waits_for_no_request_that_comes_to_others_only(
+    following: str, where: str, loop: str
+) -> None:
+    """The next request of the connection is answered outside of ours, as are all."""
+
+    @web.middleware
+    async def answers_itself(request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.path == "/health":
+            return web.Response()
+        if request.path == "/missing":
+            raise web.HTTPNotFound
+        return await handler(request)  # type: ignore[no-any-return]
+
+    async def main(install: Guard) -> List[str]:
+        app = application(answers_itself)
+        if where == "below":
+            install(app)
+        else:
+            inner = application()
+            install(inner)
+            app.add_subapp("/sub", inner)
+        async with serve(app) as service:
+            client = await service.connect()
+            prefix = "/sub" if where == "sub-application" else ""
+            assert await ask(client, f"{prefix}/refuse/1") == 400
+            for _ in range(3):
+                assert await ask(client, following) in (200, 404)
+            await spin()
+            paths = {each.path for each in alive()}
+            client.close()
+            await service.settle()
+        return sorted(path for path in paths if "refuse" in path)
+
+    with no_collector():
+        assert run(main(lambda app: None), loop)
+        gc.collect()
+        install: Guard = lambda app: app.middlewares.append(cyclebreak())  # noqa: E731
+        assert run(main(install), loop) == []
+
+
+# One that is outside sees none of what others run, or swallow.
+@pytest.mark.parametrize("api", ["appended", "setup"])
+@pytest.mark.parametrize("closes", [True, False])
+def test_another_request_that_runs_the_handler_finds_its_locals(
+    closes: bool, api: str
+) -> None:
+    """It leads a batch, and goes on when that of the exception is answered."""
+    batch: List[Any] = []
+    found: List[bool] = []
+    events: List[asyncio.Event] = []
+
+    @web.middleware
+    async def collect(request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.path != "/refuse/1":
+            return await handler(request)  # type: ignore[no-any-return]
+        answered = asyncio.get_running_loop().create_future()
+        batch.append((handler, request, answered))
+        await answered
+        return web.Response(status=202)
+
+    async def lead(request: web.Request) -> web.Response:
+        events.append(asyncio.Event())
+        while not batch:
+            await asyncio.sleep(0)
+        handler, member, answered = batch.pop()
+        error = await outcome(handler(member))
+        answered.set_result(None)
+        del handler, member, answered
+        await events[0].wait()
+        found.append(has_local(error, "refuse", "marker"))
+        return web.Response()
+
+    async def outcome(coroutine: Any) -> BaseException:
+        try:
+            await coroutine
+        except web.HTTPException as exc:
+            return exc
+        raise AssertionError
+
+    async def main() -> int:
+        app = application(collect)
+        app.router.add_get("/lead", lead)
+        GUARDS[api](app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                leader, member = await service.connect(), await service.connect()
+                await leader.get("/lead")
+                assert await ask(member, "/refuse/1") == 202
+                if closes:
+                    member.close()
+                else:
+                    assert await ask(member, "/") == 200
+                await spin()
+                events[0].set()
+                assert (await leader.answer())[0] == 200
+                member.close()
+                leader.close()
+                await service.settle()
+            return len(alive()) - before
+
+    assert run(main()) == 0
+    assert found == [True]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_who_holds_it_while_the_next_is_answered_outside(
+    method: str, loop: str
+) -> None:
+    """Sent at once, that may be before the end of the first is asked for."""
+    kept: List[BaseException] = []
+
+    @web.middleware
+    async def keep(request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.path == "/health":
+            return web.Response()
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except web.HTTPException as exc:
+            kept.append(exc)
+            raise
+
+    async def main() -> int:
+        app = application(keep)
+        app.router.add_post("/refuse/{number}", refuse)
+        app.middlewares.append(cyclebreak())
+        before = len(alive())
+        async with serve(app) as service:
+            client = await service.connect()
+            lines = "HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
+            await client.send(f"{method} /refuse/1 {lines}GET /health {lines}".encode())
+            assert (await client.answer())[0] == 400
+            assert (await client.answer())[0] == 200
+            client.close()
+            await service.settle()
+        return len(alive()) - before
+
+    with no_collector():
+        assert run(main(), loop) == 0
+    assert kept
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("api", ["appended", "setup"])
+@pytest.mark.parametrize("raises", [True, False])
+def test_what_a_task_had_in_hand_goes_with_the_connection(
+    raises: bool, api: str, loop: str
+) -> None:
+    """Two requests were sent at once; the task of the first is done after both."""
+    events: List[asyncio.Event] = []
+    tasks: List[Any] = []
+
+    async def report(exc: BaseException) -> None:
+        try:
+            raise exc
+        except web.HTTPException:
+            await events[0].wait()
+
+    @web.middleware
+    async def hand_over(request: web.Request, handler: Any) -> web.StreamResponse:
+        await asyncio.sleep(0)  # the connection waits for the request's task
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except web.HTTPException as exc:
+            tasks.append(asyncio.ensure_future(report(exc)))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            if raises:
+                raise
+            return web.Response(status=400)
+
+    async def main() -> int:
+        app = application(hand_over)
+        GUARDS[api](app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                events.append(asyncio.Event())
+                client = await service.connect()
+                request = b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                await client.send(request % b"/refuse/1" + request % b"/")
+                assert (await client.answer())[0] == 400
+                assert (await client.answer())[0] == 200
+                events[0].set()
+                await tasks.pop()
+                client.close()
+                await service.settle()
+            return len(alive()) - before
+
+    assert run(main(), loop) == 0
+
+
+@pytest.mark.parametrize("api", GUARDS)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_who_looks_it_up_by_a_weak_reference_prints_all_of_it(
+    method: str, api: str
+) -> None:
+    """Of what is the last response of an idle connection, with or without a body."""
+    kept: List[Any] = []
+
+    @web.middleware
+    async def keep(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except web.HTTPException as exc:
+            kept.append(ref(exc))
+            raise
+
+    async def main() -> None:
+        app = application(keep)
+        app.router.add_post("/refuse/{number}", refuse)
+        GUARDS[api](app)
+        async with serve(app) as service:
+            client = await service.connect()
+            if method == "POST":
+                await client.post("/refuse/1", b"body")
+            else:
+                await client.get("/refuse/1")
+            assert (await client.answer())[0] == 400
+            await spin()
+            lines = traceback.format_tb(kept[0]().__traceback__)
+            assert "in refuse" in "".join(lines)
+            client.close()
+            await service.settle()
+
+    with no_collector():
+        before = len(alive())
+        run(main())
         assert len(alive()) == before
 
 
@@ -491,11 +745,6 @@ class Odd(web.HTTPBadRequest):
     __context__ = __traceback__ = __cause__  # type: ignore[assignment]
 
 
-@web.middleware
-async def idle(request: web.Request, handler: Any) -> web.StreamResponse:
-    return await handler(request)
-
-
 @pytest.mark.parametrize("api", GUARDS)
 def test_an_exception_with_odd_attributes_is_answered(api: str) -> None:
     """They are not asked for, so that nothing comes out of them."""
@@ -636,8 +885,10 @@ def test_what_is_put_off_is_nobody_elses_for_long(api: str) -> None:
         last.clear()
         return found
 
+    # Below another middleware the request's end has seen that somebody else has it.
+    waits = [] if api == "below" else ["/refuse/1"]
     with no_collector():
-        assert run(main(GUARDS[api])) == [["/refuse/1", "/slow"]] * 2 + [[]]
+        assert run(main(GUARDS[api])) == [[*waits, "/slow"]] * 2 + [[]]
         assert run(main(lambda app: None))[-1].count("/again") == 2
 
 
@@ -668,7 +919,7 @@ def test_an_answer_that_fails_keeps_nothing(api: str) -> None:
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("api", ["setup", "guard_server"])
+@pytest.mark.parametrize("api", ["appended", "setup", "guard_server"])
 def test_a_handler_that_outlives_its_request_is_not_held(api: str, loop: str) -> None:
     """A middleware gave up on it; nobody outside sees what it raises in the end."""
     started: List[asyncio.Event] = []
@@ -692,8 +943,8 @@ def test_a_handler_that_outlives_its_request_is_not_held(api: str, loop: str) ->
     async def main() -> int:
         app = application(gives_up)
         app.router.add_get("/late", late)
-        if api == "setup":
-            setup(app)
+        if api in GUARDS:
+            GUARDS[api](app)
         runner = web.AppRunner(app)
         with no_collector():
             await runner.setup()
@@ -774,6 +1025,37 @@ def test_what_is_swallowed_is_followed_to_the_end(
 
     assert run(main(lambda app: None), loop) == 5
     assert run(main(GUARDS[api]), loop) == 0
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_connection_counts_the_requests_that_are_followed(loop: str) -> None:
+    """Of what was swallowed too, by a middleware that is outside."""
+
+    @web.middleware
+    async def swallow_first(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except web.HTTPException as exc:
+            if request.path == "/refuse/1":
+                return web.Response(status=exc.status)
+            raise
+
+    async def main() -> List[int]:
+        app = application(swallow_first)
+        GUARDS["appended"](app)
+        found = []
+        async with serve(app) as service:
+            client = await service.connect()
+            for path in ("/refuse/1", "/refuse/2") * 2:
+                assert await ask(client, path) == 400
+                await spin()
+                (connection,) = connections.followed_connections.values()
+                found.append(connection().following)  # type: ignore[union-attr]
+            client.close()
+            await service.settle()
+        return found
+
+    assert run(main(), loop) == [0] * 4
 
 
 async def fail_with_cycle(request: web.Request) -> None:
@@ -996,6 +1278,42 @@ def test_the_callbacks_of_a_task_find_its_locals(api: str, loop: str) -> None:
 
     run(main(), loop)
     assert found == [True, True]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("api", GUARDS)
+def test_the_end_of_a_request_leaves_the_next_one_alone(api: str, loop: str) -> None:
+    """Of two that were sent at once, the second may be at work before that."""
+    reported: List[bool] = []
+
+    async def look_later(request: web.Request, response: Any) -> None:
+        # No frame that goes on tells that it is in flight.
+        *_, (frame, _) = traceback.walk_tb(response.__traceback__)
+        while response.__traceback__.tb_frame is not frame:
+            response.__traceback__ = response.__traceback__.tb_next
+        del frame
+        if request.path != "/refuse/0":  # answered at once, and so is the next
+            await spin()
+        reported.append(has_local(response, "refuse", "marker"))
+
+    async def main() -> int:
+        app = application()
+        app.on_response_prepare.append(look_later)
+        GUARDS[api](app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                client = await service.connect()
+                request = b"GET /refuse/%d HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                await client.send(b"".join(request % number for number in range(5)))
+                for number in range(5):
+                    assert await client.answer() == (400, f"/refuse/{number}")
+                client.close()
+                await service.settle()
+            return len(alive()) - before
+
+    assert run(main(), loop) == 0
+    assert reported == [True] * 5
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -74,7 +74,8 @@ def test_the_last_request_before_one_that_takes_its_time(
 ) -> None:
     """Its response is held by aiohttp until then; bare, all before wait as well.
 
-    Swallowed outside of all middlewares, it is held by the library alone.
+    Swallowed outside of all middlewares, it is held by the library alone, unless the
+    request's task is asked in the end.
     """
     handle: Any = web.Application._handle
 
@@ -113,8 +114,9 @@ def test_the_last_request_before_one_that_takes_its_time(
         return found
 
     refused = [f"/refuse/{number}" for number in range(3) if not swallowed]
+    last = [] if swallowed and api == "below" else ["/refuse/2"]
     with no_collector():
-        assert run(main(GUARDS[api])) == [["/refuse/2", "/slow"], ["/slow"]]
+        assert run(main(GUARDS[api])) == [[*last, "/slow"], ["/slow"]]
         assert run(main(lambda app: None)) == [[*refused, "/slow"]] * 2
 
 

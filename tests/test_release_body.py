@@ -5,6 +5,7 @@ Without ``release_body=True`` only where nobody else has that request.
 
 import asyncio
 import gc
+import traceback
 import tracemalloc
 import weakref
 from contextvars import ContextVar, copy_context
@@ -244,6 +245,139 @@ def test_keep_cycles_leaves_the_body_alone() -> None:
     app = application(keep_cycles(read))
     setup(app, release_body=True)
     assert run(read_late(app, lambda request: request.read(), b"body")) == b"body"
+
+
+async def kept_by_an_idle_connection(app: web.Application) -> List[int]:
+    """The bytes of the body that each request has which is left."""
+    others = alive(web.BaseRequest)  # held, so that an id stays its own
+    ids = set(map(id, others))
+    with no_collector():
+        async with serve(app) as service:
+            client = await service.connect()
+            await client.post("/", b"body")
+            assert (await client.answer())[0] in (200, 400)
+            await spin()
+            found = [
+                internals.body_size(request)
+                for request in alive(web.BaseRequest)
+                if id(request) not in ids
+            ]
+            client.close()
+            await service.settle()
+    return found
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("keep", [True, False])
+def test_keep_cycles_leaves_the_body_of_an_idle_connection(
+    keep: bool, guard: str
+) -> None:
+    """Nobody but the connection has it."""
+    app = application(keep_cycles(read) if keep else read)
+    GUARDS[guard](app)
+    left = 4 if keep or guard == "bare" else 0
+    assert run(kept_by_an_idle_connection(app)) == [left]
+
+
+def setup_and_append(app: web.Application) -> None:
+    setup(app)
+    app.middlewares.append(cyclebreak())
+
+
+def append_twice(app: web.Application) -> None:
+    app.middlewares.extend([cyclebreak(), cyclebreak()])
+
+
+async def store_time(request: web.Request, response: web.StreamResponse) -> None:
+    request["elapsed"] = 1.0
+
+
+@pytest.mark.parametrize("handler", [read, refuse])
+@pytest.mark.parametrize("stores", [True, False])
+@pytest.mark.parametrize(
+    "install",
+    [*GUARDS.values(), setup_and_append, append_twice],
+    ids=[*GUARDS, "setup and appended", "appended twice"],
+)
+@pytest.mark.filterwarnings("ignore:It is recommended to use web.RequestKey")
+def test_whoever_else_guards_it_or_stores_something(
+    install: Install, stores: bool, handler: Any
+) -> None:
+    """Several layers look at one request; none of them counts as another holder."""
+    app = application(handler)
+    if stores:
+        app.on_response_prepare.append(store_time)
+    install(app)
+    left = 4 if install is GUARDS["bare"] else 0
+    assert run(kept_by_an_idle_connection(app)) == [left]
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_who_has_the_task_of_a_request_finds_what_it_has_raised(guard: str) -> None:
+    """With its locals, by the response, and long after that was sent."""
+    tasks: List[Any] = []
+
+    @web.middleware
+    async def track(request: web.Request, handler: Any) -> web.StreamResponse:
+        tasks.append(asyncio.current_task())
+        return await handler(request)  # type: ignore[no-any-return]
+
+    async def refuse_with_marker(request: web.Request) -> web.Response:
+        marker = await request.text()
+        raise web.HTTPBadRequest(text=marker)
+
+    async def main() -> None:
+        app = application(refuse_with_marker)
+        app.middlewares.append(track)
+        GUARDS[guard](app)
+        async with serve(app) as service:
+            client = await service.connect()
+            await client.post("/", b"body")
+            assert await client.answer() == (400, "body")
+            await spin()
+            response: Any = tasks.pop().result()[0]
+            frames = [frame for frame, _ in traceback.walk_tb(response.__traceback__)]
+            assert "marker" in frames[-1].f_locals
+            frames.clear()
+            client.close()
+            await service.settle()
+
+    run(main())
+
+
+@pytest.mark.filterwarnings("ignore:It is recommended to use web.RequestKey")
+def test_an_outer_layer_is_asked_what_to_keep() -> None:
+    """Of what is stored when the inner one has seen a success."""
+    asked: List[BaseException] = []
+
+    def keep(request: web.Request, exc: BaseException) -> bool:
+        asked.append(exc)
+        return True
+
+    @web.middleware
+    async def store_error(request: web.Request, handler: Any) -> web.StreamResponse:
+        response: web.StreamResponse = await handler(request)
+        try:
+            marker = "audit"
+            raise LookupError(marker)
+        except LookupError as exc:
+            request["error"] = exc
+        return response
+
+    async def main() -> None:
+        app = application(read)
+        app.middlewares.extend([cyclebreak(keep=keep), store_error, cyclebreak()])
+        async with serve(app) as service:
+            client = await service.connect()
+            await client.post("/", b"body")
+            assert (await client.answer())[0] == 200
+            client.close()
+            await service.settle()
+        (error,) = asked
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        assert "marker" in frames[-1].f_locals
+
+    run(main())
 
 
 def test_a_server_releases_too() -> None:
