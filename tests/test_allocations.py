@@ -297,6 +297,7 @@ def _tracing():
     tracemalloc.stop()
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("_tracing")
 def test_what_is_kept_of_every_request_is_seen():
     """A note of every request is noticed, by both counts."""

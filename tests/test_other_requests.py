@@ -175,6 +175,7 @@ def test_and_the_last_of_them_leaves_nothing(trigger: str) -> None:
     assert run(main()) == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("naive", NAIVE)
 @pytest.mark.parametrize("trigger", TRIGGERS)
 def test_the_naive_way_is_caught(trigger: str, naive: str) -> None:

@@ -26,7 +26,7 @@ from aiohttp_cyclebreak import (
     setup,
 )
 
-from .service import LOOPS, Service, alive, no_collector, run, serve, spin
+from .service import AIOHTTP, LOOPS, Service, alive, no_collector, run, serve, spin
 from .test_server import start
 
 FORM = "application/x-www-form-urlencoded"
@@ -312,6 +312,10 @@ def test_whoever_else_guards_it_or_stores_something(
     assert run(kept_by_an_idle_connection(app)) == [left]
 
 
+@pytest.mark.skipif(
+    AIOHTTP < (3, 10, 6),
+    reason="the body has an error of its own: both are severed at once",
+)
 @pytest.mark.parametrize("guard", GUARDS)
 def test_who_has_the_task_of_a_request_finds_what_it_has_raised(guard: str) -> None:
     """With its locals, by the response, and long after that was sent."""
@@ -373,7 +377,8 @@ def test_an_outer_layer_is_asked_what_to_keep() -> None:
             assert (await client.answer())[0] == 200
             client.close()
             await service.settle()
-        (error,) = asked
+        # Before aiohttp 3.10.6 there is the body's own as well.
+        (error,) = [exc for exc in asked if isinstance(exc, LookupError)]
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         assert "marker" in frames[-1].f_locals
 
