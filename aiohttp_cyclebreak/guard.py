@@ -66,6 +66,18 @@ def _name(function: Any) -> str:
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
+def _end_once_told(
+    owner: "Union[_Request, _Asked]", task: "asyncio.Future[Any]"
+) -> None:
+    # Without a variable for the request, whose references are counted below this.
+    if internals.is_awaited(owner.request, task):
+        # Started eagerly, the task wakes the connection's task only after it has called
+        # this; and that one may log the exception still.
+        task.get_loop().call_soon(owner.end, task)
+    else:
+        owner.end(task)
+
+
 class _Request(Holder):
     """A request that is followed to the end of its task."""
 
@@ -129,12 +141,7 @@ class _Request(Holder):
             complain("severing a request that goes on")
 
     def done(self, task: "asyncio.Future[Any]") -> None:
-        if internals.is_awaited(self.request, task):
-            # Started eagerly, the task wakes the connection's task only after it
-            # has called this; and that one may log the exception still.
-            task.get_loop().call_soon(self.end, task)
-        else:
-            self.end(task)
+        _end_once_told(self, task)
 
     def end(self, task: "asyncio.Future[Any]") -> None:
         try:
@@ -303,11 +310,7 @@ class _Asked:
         self.options = options
 
     def done(self, task: "asyncio.Future[Any]") -> None:
-        if internals.is_awaited(self.request, task):
-            # As of one that is followed.
-            task.get_loop().call_soon(self.end, task)
-        else:
-            self.end(task)
+        _end_once_told(self, task)
 
     def end(self, task: "asyncio.Future[Any]") -> None:
         try:
@@ -327,7 +330,7 @@ class _Asked:
             if self.request.body_exists:
                 _release_payload(self.request, connection)
             if internals.has_read_body(self.request):
-                if dropped:  # as above, of the task's other callbacks
+                if dropped:  # the task's other callbacks may come to it, as above
                     task.get_loop().call_soon(
                         _release_read_body, self, connection, dropped
                     )
@@ -408,6 +411,7 @@ def _release_read_body(
             if getrefcount(exc) == known and goes_by_itself(exc):
                 if not getweakrefs(exc):
                     detach(exc)  # nobody comes to it any more
+                    continue
                 for frame in frames_of(exc):
                     empty(frame)
         # The attribute, the variable, the argument; the connection's variable.
