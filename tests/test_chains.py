@@ -22,6 +22,8 @@ from aiohttp_cyclebreak.sever import COUNTS_ARE_EXACT
 
 from .service import AIOHTTP, run, serve
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 KEPT: List[Any] = []
 SECRET = "a secret value"
 

@@ -23,6 +23,8 @@ from .service import (
     spin,
 )
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 VISITS = 2
 CHUNK = b"x" * 65536
 

@@ -19,6 +19,8 @@ from .service import Service, run, serve
 from .test_hostile_clients import new_objects, until
 from .test_sever import Hostile
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 if sys.version_info >= (3, 11):
     from builtins import BaseExceptionGroup, ExceptionGroup
 else:

@@ -29,6 +29,8 @@ from aiohttp_cyclebreak import (
 from .service import AIOHTTP, LOOPS, Service, alive, no_collector, run, serve, spin
 from .test_server import start
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 FORM = "application/x-www-form-urlencoded"
 
 
