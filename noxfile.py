@@ -38,10 +38,10 @@ MATRIX = (
 )
 
 
-def entries():
+def entries(tagged=True):
     """Give the matrix as parameters of a session, each entry once."""
     for python, aiohttp in dict.fromkeys(MAIN + MATRIX):
-        tags = ["main"] if (python, aiohttp) in MAIN else []
+        tags = ["main"] if tagged and (python, aiohttp) in MAIN else []
         name = f"py{python}-aiohttp{aiohttp}"
         yield nox.param(python, aiohttp, True, id=name, tags=tags)
     yield nox.param("3.11", SUSPECT, False, id=f"py3.11-aiohttp{SUSPECT}-pure")
@@ -132,7 +132,7 @@ def docs(session):
 
 
 @nox.session
-@nox.parametrize(("python", "aiohttp", "extensions"), tuple(entries())[:-1])
+@nox.parametrize(("python", "aiohttp", "extensions"), tuple(entries(False))[:-1])
 def matrix(session, aiohttp, extensions):
     """Fill in docs/matrix.json, one column an entry; nox -s matrix for all of it."""
     session.install("-e", ".", requirement(aiohttp))
