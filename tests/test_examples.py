@@ -133,13 +133,16 @@ def test_a_runner_of_its_own_serves_and_stops() -> None:
 
 
 @pytest.mark.parametrize("worker", ["GunicornWebWorker", "GunicornUVLoopWebWorker"])
-def test_gunicorn_workers_are_guarded(worker: str) -> None:
+def test_gunicorn_workers_are_guarded(worker: str, tmp_path: pathlib.Path) -> None:
     """Two real workers, their collectors off: no request is left in either."""
     pytest.importorskip("gunicorn")
     if "UVLoop" in worker:
         pytest.importorskip("uvloop")
+    config = tmp_path / "without_collector.py"
+    config.write_text("import gc\n\ndef post_worker_init(worker):\n    gc.disable()\n")
     with gunicorn(
         "gunicorn_app:create_runner",
+        f"--config={config}",
         *("--worker-class", f"aiohttp.{worker}"),
         "--workers=2",
     ) as (master, port):

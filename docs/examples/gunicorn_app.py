@@ -27,7 +27,6 @@ async def count(request: web.Request) -> web.Response:
 
 
 async def create_runner() -> web.AppRunner:
-    gc.disable()  # only to show that nothing waits for it
     app = web.Application()
     app.router.add_get("/", refuse)
     app.router.add_get("/count", count)
