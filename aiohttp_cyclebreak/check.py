@@ -216,6 +216,18 @@ class Report:
             text += f", but {garbage} objects of other cyclic garbage are"
         return f"{text}."
 
+    @property
+    def hint(self) -> str:
+        """What to look at where the application's own guard let a known leak pass."""
+        known = any(chain["leak"] for chain in self.guarded.chains)
+        if self.is_clean or not self.plan.own_guard or not known:
+            return ""
+        return (
+            "Is there a guard? It did not see this: keep_cycles and keep= leave "
+            "requests alone, what a middleware outside of cyclebreak() raises takes "
+            "setup(app), and what comes to no middleware guard_server(runner)."
+        )
+
     def as_dict(self) -> Dict[str, Any]:
         """The report as JSON has it; without a header, a query or a body."""
         plan = self.plan

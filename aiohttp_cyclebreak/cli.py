@@ -107,7 +107,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m aiohttp_cyclebreak",
-        description="No aiohttp.web request waits for the garbage collector any more.",
+        description="Lets aiohttp.web requests go without the garbage collector.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -126,7 +126,8 @@ def _add_verify(commands: Any) -> None:
         "verify",
         help="see which leaks the installed aiohttp has, and that they are stopped",
         description="Run the catalogue of leaks against the installed aiohttp, bare "
-        "and guarded by cyclebreak(), on a server on loopback.",
+        "and guarded by what stops each of them (cyclebreak(), client_cyclebreak() or "
+        "guard_server()), on a server on loopback.",
         epilog="Exit code: 0, guarded nothing is left; 1, something is left, or a "
         "leak could not be run; 2, wrong usage.",
         allow_abbrev=False,
@@ -561,7 +562,8 @@ def _plan(args: argparse.Namespace) -> check.Plan:
             raise check.UsageError(f"--plot {args.plot}: there is no such folder")
         if not check.can_plot():
             raise check.UsageError(
-                "--plot needs matplotlib: pip install 'aiohttp-cyclebreak[plot]'"
+                "--plot needs matplotlib: install it, or this package with the extra "
+                "'plot'"
             )
     lines = args.request or []
     for option in ("data", "abort_after"):
@@ -627,6 +629,8 @@ def _print_check(report: check.Report) -> None:
         name, run = "bare", report.bare
     for chain in run.chains:
         print(f"{name}, {chain['text']}\n")
+    if report.hint:
+        _say(f"{report.hint}\n")
     _say(report.sentence)
 
 

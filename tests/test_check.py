@@ -290,6 +290,7 @@ def test_the_guard_of_the_application_itself(folder: str) -> None:
     report = check.run(own)
     assert (report.bare.left > 0, report.guarded.left) == (True, 0)
     assert report.is_clean
+    assert not report.hint
 
     none = dataclasses.replace(own, target="leaky:create_app")
     report = check.run(none)
@@ -297,6 +298,10 @@ def test_the_guard_of_the_application_itself(folder: str) -> None:
     assert not report.is_clean
     assert {chain["kind"] for chain in report.guarded.chains} == {"delayed"}
     assert report.sentence.endswith("10 wait for the garbage collector.")
+    assert "keep_cycles" in report.hint
+    assert not dataclasses.replace(
+        report, plan=dataclasses.replace(none, own_guard=False)
+    ).hint
 
 
 def test_other_garbage_counts_if_asked_for(folder: str) -> None:
@@ -573,7 +578,7 @@ def test_there_is_no_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(["check", "m:app", "--plot", "growth.svg"]) == 2
-    assert "aiohttp-cyclebreak[plot]" in capsys.readouterr().err
+    assert "extra 'plot'" in capsys.readouterr().err
 
 
 @POSIX
