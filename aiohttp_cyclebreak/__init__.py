@@ -1,4 +1,4 @@
-"""No aiohttp.web request waits for the garbage collector any more.
+"""Lets aiohttp.web requests go without waiting for the garbage collector.
 
 .. code-block:: python
 

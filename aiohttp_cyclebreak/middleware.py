@@ -59,7 +59,8 @@ def cyclebreak(
             again.  Who reads the body after that gets a :class:`BodyReleasedError`.
 
     An error in *keep* or *on_break* is logged once, on the logger
-    ``aiohttp_cyclebreak``, and swallowed; the exception is then kept.
+    ``aiohttp_cyclebreak``, and swallowed.  After one in *keep* the exception is kept;
+    *on_break* is called after the cut, which stands.
 
     The environment variable ``AIOHTTP_CYCLEBREAK=off`` makes it a middleware that
     does nothing, which is logged.

@@ -70,8 +70,9 @@ class Radar:
         max_age: how long after its response a request may be alive, in seconds.
         interval: how often to look at the requests that are alive, in seconds; ages
             are measured by this, and so is the end of a response.
-        report_every: at most one report in so many seconds.  A request is reported
-            once.
+        report_every: at most one report in so many seconds, and none while each
+            request that is overdue has been counted in one, and each route of theirs
+            has had a chain shown.
         budget: how long the search for a chain may keep the event loop from its work,
             all its steps together, in milliseconds.
         max_pause: how long one of these steps may, in milliseconds.  One is a pass

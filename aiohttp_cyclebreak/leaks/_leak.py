@@ -19,7 +19,7 @@ class Kind(enum.Enum):
     """A live reference; no collection ever frees them."""
 
     LIVE = "live"
-    """A live reference that ends with the connection; its body waits for that."""
+    """A live reference that ends with the connection, and keeps a body until then."""
 
 
 class Remedy(enum.Enum):
@@ -95,7 +95,7 @@ class Leak:
         id: its name on the command line; variants of one leak share what stands
             before the slash.
         title: one line: what sets it off.
-        kind: delayed or permanent.
+        kind: delayed, permanent or live.
         chain: what holds what, from the holder to the request.
         affected: the versions that have it: those of any of these.
         upstream: where aiohttp's maintainers speak of it, or an empty string.
