@@ -62,7 +62,7 @@ class _Caller(Holder):
         try:
             _callers.pop(id(task), None)
             self.note_errors()
-            self._sever(self.exceptions, InUse())
+            self._sever(self.exceptions)
             leave(self.exceptions)
         except Exception:
             complain("severing the calls of a task")
@@ -75,9 +75,11 @@ class _Caller(Holder):
         for error in self.calls.errors():
             self.note(error)
 
-    def _sever(self, roots: List[BaseException], in_use: InUse) -> None:
+    def _sever(
+        self, roots: List[BaseException], in_use: Optional[InUse] = None
+    ) -> None:
         self._take_out(roots)
-        sorted_out = sort_out(roots, lambda exc: False, in_use)
+        sorted_out = sort_out(roots, in_use)
         for _, own in sorted_out.ready:
             sever(own, spare=sorted_out.spare)
         for exc in sorted_out.in_flight[-MOST:]:

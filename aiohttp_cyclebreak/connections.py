@@ -16,7 +16,7 @@ from aiohttp import web
 
 from . import internals
 from .complaints import complain
-from .holders import InUse, leave, pending, somebody_has, sort_out
+from .holders import leave, pending, somebody_has, sort_out
 from .internals import HANDLE_REQUEST, has_gone_on
 from .sever import (
     empty_with_callers,
@@ -179,7 +179,7 @@ class Connection:
     def sever_shared(self, exceptions: List[BaseException]) -> None:
         """Sever what nobody has noted, and somebody has but aiohttp."""
         try:
-            sorted_out = sort_out(exceptions, lambda exc: False, InUse())
+            sorted_out = sort_out(exceptions)
             for _, own in sorted_out.ready:
                 sever(own, spare=sorted_out.spare)
             if self.coroutine is None:  # it has ended
@@ -211,7 +211,7 @@ class Connection:
         keeping_connections.pop(self.key, None)
         clear_frames = all(clear for _, clear in later.values())
         roots = [exc for exc, _ in later.values()]
-        sorted_out = sort_out(roots, lambda exc: False, InUse())
+        sorted_out = sort_out(roots)
         still = [exc for exc in roots if somebody_has(exc)]
         still += [exc for exc in sorted_out.in_flight if id(exc) in later]
         self.keep_for_later(still, clear_frames)

@@ -227,7 +227,7 @@ class _Request(Holder):
             roots: what this request has noted.
             in_use: what its own tasks need; None: they are done.
         """
-        sorted_out = sort_out(roots, self._is_kept, in_use or InUse())
+        sorted_out = sort_out(roots, in_use, self._is_kept)
         # Somebody runs with those who passed no middleware: a background task.
         if in_use is not None:
             leave(sorted_out.in_flight, self._clears_frames)

@@ -170,16 +170,19 @@ class SortedOut:
 
 def sort_out(
     roots: List[BaseException],
-    is_kept: Callable[[BaseException], bool],
-    in_use: InUse,
+    in_use: Optional[InUse] = None,
+    is_kept: Optional[Callable[[BaseException], bool]] = None,
 ) -> SortedOut:
     """Find out what of some exceptions, and of all that they lead to, nobody needs.
 
     Args:
         roots: what was noted.
-        is_kept: asked of each exception whether it is to be left alone for good.
-        in_use: what tasks need that go on.
+        in_use: what tasks need that go on; None: nothing.
+        is_kept: asked of each exception whether it is to be left alone for good; None:
+            none is.
     """
+    if in_use is None:
+        in_use = InUse()
     sorted_out = SortedOut()
     covered: Set[int] = set()
     kept: Dict[int, BaseException] = {}
@@ -189,9 +192,10 @@ def sort_out(
     for root in reversed(roots):
         exceptions = [exc for exc in graph(root) if id(exc) not in covered]
         covered.update(map(id, exceptions))
-        for exc in exceptions:
-            if id(exc) not in kept and is_kept(exc):
-                kept.update((id(below), below) for below in graph(exc))
+        if is_kept is not None:
+            for exc in exceptions:
+                if id(exc) not in kept and is_kept(exc):
+                    kept.update((id(below), below) for below in graph(exc))
         own = []
         for exc in exceptions:
             if id(exc) in kept or somebody_has(exc):
@@ -245,7 +249,7 @@ class _LeftOver:
                 if exc is None:
                     del self.exceptions[key]
                     continue
-                sorted_out = sort_out([exc], lambda exc: False, in_use)
+                sorted_out = sort_out([exc], in_use)
                 for _, own in sorted_out.ready:
                     sever(own, clear_frames=clear_frames, spare=sorted_out.spare)
                 if not sorted_out.in_flight:
