@@ -111,6 +111,20 @@ class Connection:
         self.task = ref(task)
         self.reference = ref(self, partial(_forget_connection, self.key))
 
+    def holds(self, value: object) -> bool:
+        """Whether a local of the connection's task is this request or response.
+
+        aiohttp keeps the last ones there.  The collector is asked: reading the locals
+        of a frame that goes on would leave references to them in it, before Python
+        3.13.
+        """
+        # From CPython 3.11 on the locals are the coroutine's until it is over.
+        referents = gc.get_referents(self.coroutine, self.frame)
+        for each in referents:  # noqa: SIM110 - as in sever
+            if each is value:
+                return True
+        return False
+
     def take_back(self) -> Optional[BaseException]:
         """Put it off no longer."""
         exc = self.put_off

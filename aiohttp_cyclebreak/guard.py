@@ -192,14 +192,12 @@ class _Request(Holder):
         if hdrs.UPGRADE in self.request.headers:
             return False
         exc = self.exceptions[0]
-        response: Any = internals.response_of(task)
+        response = internals.response_of(task)
         # The list, the variable, the argument; for the response, its variable and
         # the task's result too, its frame, and perhaps that of the connection.
         known = 3
         if exc is response:
-            known = 6 + internals.connection_holds(
-                connection.coroutine, connection.frame, exc
-            )
+            known = 6 + connection.holds(exc)
         if sys.getrefcount(exc) != known or not goes_by_itself(exc):
             return False
         if exc is internals.missing_route(self.request):
@@ -351,12 +349,10 @@ class _Asked:
             return []
         # The variable, the argument, the attribute, the task's result and its frame;
         # perhaps that of the connection, which may have the next response already.
-        known = 5 + internals.connection_holds(
-            connection.coroutine, connection.frame, exc
-        )
+        known = 5 + connection.holds(exc)
         if (
             getrefcount(exc) != known
-            or not internals.is_answered_by(task, exc)
+            or internals.response_of(task) is not exc
             or not goes_by_itself(exc)
             or not clear_request_frame(exc)  # or it was returned
             or getrefcount(exc) != known - 1
@@ -405,9 +401,7 @@ def _release_read_body(
         for exc in exceptions:
             # What is left of the response's traceback goes with the response only.
             # The list, the variable, the argument; the connection's variable.
-            known = 3 + internals.connection_holds(
-                connection.coroutine, connection.frame, exc
-            )
+            known = 3 + connection.holds(exc)
             if getrefcount(exc) == known and goes_by_itself(exc):
                 if not getweakrefs(exc):
                     detach(exc)  # nobody comes to it any more
@@ -415,9 +409,7 @@ def _release_read_body(
                 for frame in frames_of(exc):
                     empty(frame)
         # The attribute, the variable, the argument; the connection's variable.
-        known = 3 + internals.connection_holds(
-            connection.coroutine, connection.frame, request
-        )
+        known = 3 + connection.holds(request)
         if (
             getrefcount(request) == known
             and getrefcount(request.__dict__) == _UNSHARED_DICT

@@ -29,7 +29,6 @@ __all__ = (
     "all_tasks",
     "body_size",
     "connection_frame",
-    "connection_holds",
     "connection_of_plain",
     "connection_of_response",
     "connection_of_upload",
@@ -43,7 +42,6 @@ __all__ = (
     "has_middlewares",
     "has_read_body",
     "has_request",
-    "is_answered_by",
     "is_awaited",
     "is_being_answered",
     "is_current",
@@ -156,23 +154,14 @@ def is_awaited(request: web.BaseRequest, task: "asyncio.Future[Any]") -> bool:
     return connection is not None and getattr(connection, "_fut_waiter", task) is task
 
 
-def response_of(task: "asyncio.Future[Any]") -> Optional[web.StreamResponse]:
-    """The response that a request's task, which is done, was for.
+def response_of(task: "asyncio.Future[Any]") -> Any:
+    """The response that a request's task, which is done, was for: an exception perhaps.
 
     aiohttp: what ``RequestHandler._handle_request`` returns, 3.8 to 3.14.
     """
     if task.cancelled() or task.exception() is not None:
         return None
-    response: Optional[web.StreamResponse] = task.result()[0]
-    return response
-
-
-def is_answered_by(task: "asyncio.Future[Any]", exc: object) -> bool:
-    """Whether an exception is the response that a request's task was for.
-
-    aiohttp: as :func:`response_of`.
-    """
-    return response_of(task) is exc
+    return task.result()[0]
 
 
 def is_websocket_of(request: web.BaseRequest, value: object) -> bool:
@@ -509,7 +498,7 @@ def has_request(request: web.BaseRequest) -> bool:
     A connection serves one request at a time, and an idle keep-alive connection keeps
     its last one, in a local variable of the coroutine that its task runs.  Another one
     keeps the last response until the next: that may be an exception, whose traceback
-    leads to the request.  The collector is asked, as in :func:`connection_holds`.
+    leads to the request.  The collector is asked, as in :meth:`.Connection.holds`.
 
     aiohttp: the locals ``request`` and ``resp`` of ``RequestHandler.start``, its
     ``._task_handler``, ``StreamResponse._req`` and ``BaseRequest._payload_writer``,
@@ -556,22 +545,6 @@ def route_of(request: web.BaseRequest) -> Any:
     aiohttp: ``Request._match_info``, 3.8 to 3.14.
     """
     return getattr(getattr(request, "_match_info", None), "route", None)
-
-
-def connection_holds(coroutine: Any, frame: Optional[FrameType], value: object) -> bool:
-    """Whether the coroutine of a connection's task refers to a request or response.
-
-    The collector is asked: reading the locals of a frame that goes on would leave
-    references to them in it, before Python 3.13.
-
-    aiohttp: the locals ``request`` and ``resp`` of ``RequestHandler.start``, 3.8 to
-    3.14.
-    """
-    # From CPython 3.11 on the locals are the coroutine's until it is over.
-    for each in gc.get_referents(coroutine, frame):  # noqa: SIM110 - as in sever
-        if each is value:
-            return True
-    return False
 
 
 def missing_route(request: web.BaseRequest) -> Optional[web.HTTPException]:
