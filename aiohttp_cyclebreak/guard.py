@@ -526,39 +526,39 @@ def note_last(
     options: Options,
     middleware: Optional[Callable[..., Any]],
 ) -> None:
-    """As :func:`note`, of the response perhaps.
+    """As :func:`note`, for an exception that is most likely the response.
 
-    Nobody else has most of those, and to follow the request for each would cost more
-    than all the rest.  It is put off: until the next request, or, where it may be
-    swallowed on its way still or there is a body, until the request's task is done.
+    Most often only aiohttp holds it, and following the request to its end would cost
+    more than all the rest.  So its severing is put off: until the connection's next
+    request, or, if the request has a body or another middleware may still swallow the
+    exception, until the request's task is done.
 
     Args:
         request: as for :func:`note`.
         exc: as for :func:`note`.
         options: as for :func:`note`.
-        middleware: the one that looks again outside of all others, if it is there;
-            None: that is certain.
+        middleware: ours that may be the outermost of all; then nobody swallows the
+            exception after it.  None: one of ours is for certain.
     """
     try:
         if options.are_silent and not calls.are_followed:
             task = connection_of_response(request)
-            has_body = task is None
-            if has_body and not options.release_body:
+            has_body = task is None and not options.release_body
+            if has_body:
                 task = internals.connection_of_upload(request)
+            # As follow_connection() does, without the call.
             found = followed_connections.get(id(task))
             connection = follow_connection(task) if found is None else found()
             if connection is not None and not connection.following:
-                known = _UNSHARED
-                if connection.put_off is exc:
-                    known += 1  # the attribute
-                elif connection.put_off is not None:  # of an earlier request
-                    connection.sever_put_off(request)
+                is_put_off = connection.put_off is exc  # by a layer further inside
+                if not is_put_off and connection.put_off is not None:
+                    connection.sever_put_off(request)  # if it is of an earlier one
                 if (
-                    (connection.put_off is None or connection.put_off is exc)
-                    and getrefcount(exc) == known
+                    (is_put_off or connection.put_off is None)
+                    and getrefcount(exc) == _UNSHARED + is_put_off  # the attribute
                     and not leads_on(exc)
                     and (
-                        known != _UNSHARED  # it was put off further inside
+                        is_put_off
                         or (
                             not has_body
                             and (
