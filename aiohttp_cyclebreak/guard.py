@@ -163,13 +163,7 @@ class _Request(Holder):
                     self._sever(self.exceptions)
                 self._release(task)
                 if connection is not None and internals.has_read_body(self.request):
-                    if self.exceptions:
-                        # The task's other callbacks may come to it by its response.
-                        task.get_loop().call_soon(
-                            _release_read_body, self, connection, self.exceptions
-                        )
-                    else:
-                        _release_read_body(self, connection, [])
+                    _release_read_body_soon(self, connection, self.exceptions, task)
         except Exception:
             complain("severing a request")
         finally:
@@ -328,12 +322,7 @@ class _Asked:
             if self.request.body_exists:
                 _release_payload(self.request, connection)
             if internals.has_read_body(self.request):
-                if dropped:  # the task's other callbacks may come to it, as above
-                    task.get_loop().call_soon(
-                        _release_read_body, self, connection, dropped
-                    )
-                else:
-                    _release_read_body(self, connection, dropped)
+                _release_read_body_soon(self, connection, dropped, task)
         except Exception:
             complain("letting go of a request")
 
@@ -379,6 +368,20 @@ def _release_payload(
     if not internals.release_payload(request.content) and connection is not None:
         # The client still sends the body; aiohttp reads on for a while.
         connection.unread = request.content
+
+
+def _release_read_body_soon(
+    owner: "Union[_Request, _Asked]",
+    connection: Connection,
+    exceptions: List[BaseException],
+    task: "asyncio.Future[Any]",
+) -> None:
+    # As above, without a variable for the request.
+    if exceptions:
+        # The task's other callbacks may come to the body, by the response.
+        task.get_loop().call_soon(_release_read_body, owner, connection, exceptions)
+    else:
+        _release_read_body(owner, connection, exceptions)
 
 
 def _release_read_body(
