@@ -57,7 +57,8 @@ __all__ = ("begin", "follow", "leave_alone", "note", "note_last", "passed")
 # Where a request has what follows it, beside its own attributes.
 _FOLLOWED = "_cyclebreak"
 
-# How many references there are to a __dict__ that is of one object only.
+# How many references sys.getrefcount() gives for the __dict__ of an object, here the
+# logger, if nobody else has that dict.
 _UNSHARED_DICT = getrefcount(logger.__dict__)
 
 
@@ -192,11 +193,11 @@ class _Request(Holder):
         known = 3
         if exc is response:
             known = 6 + connection.holds(exc)
-        if sys.getrefcount(exc) != known or not goes_by_itself(exc):
+        if getrefcount(exc) != known or not goes_by_itself(exc):
             return False
         if exc is internals.missing_route(self.request):
             return False
-        # If the response's did not come to aiohttp's frame, it was returned.
+        # A response that was not raised up to aiohttp's frame was returned.
         if exc is response:
             entry = traceback_of(exc)
             if entry is None or entry.tb_frame.f_code is not HANDLE_REQUEST:
@@ -204,7 +205,7 @@ class _Request(Holder):
         if any(options.listener for options in self.options):
             frames = sum(1 for _ in frames_of(exc))
             self._tell(exc, Cut(exceptions=1, tracebacks=frames, frames=frames))
-        if exc is response:  # some of the count may be made up by somebody else
+        if exc is response:  # who else has it may stand in for one of those counted
             empty_with_callers(next(frames_of(exc)), {})
         else:
             detach(exc)
@@ -226,7 +227,7 @@ class _Request(Holder):
         elif self.connection is not None:
             self.connection.keep_for_later(sorted_out.in_flight, self._clears_frames)
         for root, own in sorted_out.ready:
-            own += _websocket_errors(self.request, own)
+            own += _release_websockets(self.request, own)
             cut = sever(own, clear_frames=self._clears_frames, spare=sorted_out.spare)
             self._tell(root, cut)
 
@@ -285,11 +286,11 @@ class _Request(Holder):
 
 
 class _Asked:
-    """A request whose task is asked in the end what became of its exception.
+    """A request whose task is asked, once it is done, what became of its exception.
 
-    It may have a body as well; nothing else of it is to be followed.  Below another
-    middleware the next request may never come to one of ours, so that nothing waits for
-    that.
+    It may have a body as well, which is let go then; there is nothing else to follow.
+    The connection's next request is not waited for: another middleware may answer it,
+    outside of ours.
     """
 
     __slots__ = ("request", "connection", "options")
@@ -327,10 +328,11 @@ class _Asked:
             complain("letting go of a request")
 
     def _drop(self, task: "asyncio.Future[Any]") -> Optional[List[BaseException]]:
-        """As that of a request that is followed.
+        """As :meth:`_Request._drop`, of what was put off.
 
         Returns:
-            What needs not be severed any more; None: something has to be.
+            The exception that goes by itself now, if there is one; None: there is
+            something to sever.
         """
         connection = self.connection
         exc = connection.put_off
@@ -376,7 +378,7 @@ def _release_read_body_soon(
     exceptions: List[BaseException],
     task: "asyncio.Future[Any]",
 ) -> None:
-    # As above, without a variable for the request.
+    # Without a variable for the request, whose references are counted below this.
     if exceptions:
         # The task's other callbacks may come to the body, by the response.
         task.get_loop().call_soon(_release_read_body, owner, connection, exceptions)
@@ -668,10 +670,14 @@ def _look_at_calls(request: web.Request, options: Options) -> None:
         serving.over = True  # nothing looks at the request's end
 
 
-def _websocket_errors(
+def _release_websockets(
     request: web.BaseRequest, exceptions: List[BaseException]
 ) -> List[BaseException]:
-    """The errors kept by a websocket whose handler raised, and so returned none."""
+    """Release the websocket of a handler that raised, and so did not return it.
+
+    Returns:
+        The exceptions that it kept, but for those by which it was found.
+    """
     if hdrs.UPGRADE not in request.headers:
         return []
     found: Dict[int, BaseException] = {}
