@@ -117,8 +117,7 @@ def note_call(made_with: Any) -> None:
         caller = _calling_task()
         if caller is None:
             return
-        look = caller.calls.add(made_with)
-        if look:
+        if caller.calls.add(made_with):
             caller.note_errors()
         if caller.exceptions:
             caller.call_ended()
@@ -149,11 +148,12 @@ def _look_for_errors(serving: Serving) -> None:
         return
     errors = serving.errors()
     task = asyncio.current_task()
-    followed = follow(request, None) if errors and task is not None else None
-    for error in errors:
-        if followed is not None and task is not None:
+    if not errors or task is None:
+        return
+    followed = follow(request, None)
+    if followed is not None:
+        for error in errors:
             followed.note_call(error, task)
-    serving.forget_dead()
 
 
 def note_failed_call(exc: BaseException) -> None:

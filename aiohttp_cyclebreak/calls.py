@@ -9,7 +9,7 @@ from aiohttp import web
 from .holders import Watching
 from .internals import error_of_call
 from .options import Options
-from .sever import frames_of, graph
+from .sever import graph, traceback_of
 
 __all__ = ("Calls", "Serving", "are_followed", "current", "follow", "serving_of")
 
@@ -51,7 +51,7 @@ class Calls:
         self._many = max(_MANY, 2 * len(self._made_with))
 
     def errors(self) -> List[BaseException]:
-        """What of those is still there keeps these exceptions, and they keep frames."""
+        """The exceptions that those which are still there keep, if they keep frames."""
         errors: List[BaseException] = []
         for found in list(self._made_with.values()):
             each = found()
@@ -59,9 +59,7 @@ class Calls:
                 continue
             error = error_of_call(each)
             # Each connection that ends is given one, which most often nobody raises.
-            if error is not None and any(
-                frame is not None for exc in graph(error) for frame in frames_of(exc)
-            ):
+            if error is not None and any(map(traceback_of, graph(error))):
                 errors.append(error)
         return errors
 
