@@ -310,5 +310,5 @@ def kept_requests() -> Set[int]:
         for frame in frames_of(exc)
         if is_finished(frame)  # what a task of its own runs is for itself
         for value in gc.get_referents(frame)
-        if web.BaseRequest in type(value).__mro__
+        if internals.is_request(value)
     }

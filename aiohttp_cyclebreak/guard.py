@@ -25,6 +25,7 @@ from .connections import (
     keeping_connections,
     settled_connections,
 )
+from .counts import route_of
 from .holders import (
     MOST,
     Holder,
@@ -130,7 +131,7 @@ class _Request(Holder):
             if own is None or _FOLLOWED not in self.request.__dict__:
                 return  # it has ended
             self.callers[id(own)] = ref(own)
-            alive = [task for found in self.callers.values() for task in [found()]]
+            alive = [found() for found in self.callers.values()]
             tasks = [task for task in alive if task is not None and not task.done()]
             self.callers = {id(task): ref(task) for task in tasks}
             in_use = look_into(tasks)
@@ -254,10 +255,9 @@ class _Request(Holder):
         listeners += [each.listener for each in self.options if each.listener]
         if not listeners:
             return
-        resource = getattr(internals.route_of(self.request), "resource", None)
         event = BreakEvent(
             method=self.request.method,
-            route=getattr(resource, "canonical", None),
+            route=route_of(self.request),
             exception=type(root),
             exceptions=cut.exceptions,
             tracebacks=cut.tracebacks,

@@ -513,7 +513,7 @@ def has_request(request: web.BaseRequest) -> bool:
         return False
     owners = [each for each in (task.get_coro(), connection_frame(task)) if each]
     for each in gc.get_referents(*owners):
-        if web.BaseRequest in type(each).__mro__:
+        if is_request(each):
             if each._payload_writer is request._payload_writer:
                 return True
         elif web.StreamResponse in type(each).__mro__:
@@ -574,7 +574,7 @@ def forget_missing_route(request: web.BaseRequest) -> None:
     (``web_app._build_middlewares``) once the application has any middleware:
     CVE-2024-52303.  Those before and after cache nothing of the kind.
     """
-    route: Any = getattr(getattr(request, "_match_info", None), "route", None)
+    route = route_of(request)
     error = missing_route(request)
     if isinstance(route, SystemRoute) and error is not None:
         route._handler = partial(_raise_missing, error)
