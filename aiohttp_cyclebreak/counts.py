@@ -9,10 +9,10 @@ from aiohttp import web
 from . import internals
 from .options import BreakEvent
 
-__all__ = ("OTHER", "UNMATCHED", "Counts", "Names", "Stats", "route_of", "type_name")
+__all__ = ("UNMATCHED", "Counts", "Stats", "route_of", "type_name")
 
 UNMATCHED = "unmatched"  # the route of a request for which there is none
-OTHER = "other"  # what there are too many of to name each
+_OTHER = "other"  # what there are too many of to name each
 
 # An application has so many routes that go wrong, and so many kinds of error; but it
 # may make a class for each request, and a resource that names itself after each.
@@ -62,7 +62,7 @@ class Stats:
     errors: int = 0
 
 
-class Names:
+class _Names:
     """The names that are told apart: the first that come, and one for all others."""
 
     __slots__ = ("_known",)
@@ -73,7 +73,7 @@ class Names:
     def __call__(self, name: str) -> str:
         if name not in self._known and len(self._known) < _MOST_NAMES:
             self._known[name] = name
-        return self._known.get(name, OTHER)
+        return self._known.get(name, _OTHER)
 
 
 class Counts:
@@ -82,8 +82,8 @@ class Counts:
     __slots__ = ("_types", "exceptions", "frames", "routes", "severed")
 
     def __init__(self) -> None:
-        self.routes = Names()
-        self._types = Names()
+        self.routes = _Names()
+        self._types = _Names()
         self.severed: Dict[Tuple[str, str], int] = {}
         self.exceptions = 0
         self.frames = 0
@@ -93,7 +93,7 @@ class Counts:
         route = self.routes(event.route or UNMATCHED)
         key = route, self._types(type_name(event.exception))
         if key not in self.severed and len(self.severed) >= _MOST_PAIRS:
-            key = OTHER, OTHER
+            key = _OTHER, _OTHER
         self.severed[key] = self.severed.get(key, 0) + 1
         self.exceptions += event.exceptions
         self.frames += event.frames

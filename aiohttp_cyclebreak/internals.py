@@ -25,7 +25,6 @@ from .sever import frames_of, is_exception
 __all__ = (
     "HANDLE_REQUEST",
     "KEEPS_FIRST_ATTEMPTS",
-    "GuardedProtocol",
     "all_tasks",
     "body_size",
     "connection_frame",
@@ -44,7 +43,6 @@ __all__ = (
     "has_request",
     "is_awaited",
     "is_being_answered",
-    "is_current",
     "is_guarded",
     "is_outermost",
     "is_request",
@@ -64,6 +62,7 @@ __all__ = (
     "release_websocket",
     "request_task",
     "response_of",
+    "route_of",
     "run_middlewares",
     "subapps",
 )
@@ -107,7 +106,7 @@ def request_task(request: web.BaseRequest) -> "Optional[asyncio.Task[Any]]":
         if getattr(coroutine, "cr_code", None) is HANDLE_REQUEST:
             return current
     # In a task of the application's own: aiohttp must still be at this request.
-    if not is_current(request):
+    if not _is_current(request):
         return None
     waiting_for = getattr(connection, "_fut_waiter", None)
     return waiting_for if isinstance(waiting_for, asyncio.Task) else None
@@ -319,7 +318,7 @@ def is_same(request: Any, other: Any) -> bool:
     return request.writer is other.writer
 
 
-def is_current(request: web.BaseRequest) -> bool:
+def _is_current(request: web.BaseRequest) -> bool:
     """Whether a request's connection is at this request, and its handler is running.
 
     aiohttp: ``RequestHandler._current_request``, 3.8 to 3.14.  Without it the answer
@@ -635,7 +634,7 @@ def make_outermost(app: web.Application, middleware: Callable[..., Any]) -> None
         app.middlewares.insert(0, middleware)
 
 
-class GuardedProtocol:
+class _GuardedProtocol:
     """What the connections of a guarded server have in common."""
 
     __slots__ = ()
@@ -644,7 +643,7 @@ class GuardedProtocol:
 def is_guarded(request: Any) -> bool:
     """Whether a request is of a guarded server: another runner may serve it too."""
     try:
-        return isinstance(request.protocol, GuardedProtocol)
+        return isinstance(request.protocol, _GuardedProtocol)
     except Exception:  # an application may pass on an object of its own as a request
         return False
 
@@ -695,7 +694,7 @@ def guard_connections(
     handler_class: Any = web_protocol.RequestHandler
     error_class: Any = web_protocol._ErrInfo
 
-    class GuardedRequestHandler(handler_class, GuardedProtocol):  # type: ignore[misc]
+    class GuardedRequestHandler(handler_class, _GuardedProtocol):  # type: ignore[misc]
         __slots__ = ()
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from .chains import Looking
 
-__all__ = ("Radar", "Watch", "stats", "watch_application", "watch_of")
+__all__ = ("Radar", "Watch", "find_watch", "stats", "watch_application", "watch_of")
 
 logger = logging.getLogger("aiohttp_cyclebreak")
 

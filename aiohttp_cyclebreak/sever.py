@@ -31,9 +31,8 @@ __all__ = (
     "COUNTS_ARE_EXACT",
     "Cut",
     "awaiting_frames",
-    "cause_of",
-    "context_of",
     "detach",
+    "empty",
     "empty_with_callers",
     "frames_of",
     "goes_by_itself",
@@ -43,6 +42,7 @@ __all__ = (
     "is_exception",
     "is_finished",
     "leads_on",
+    "local_values",
     "returns_of",
     "sever",
     "traceback_of",
@@ -54,8 +54,9 @@ _TRACEBACK: Any = BaseException.__dict__["__traceback__"]
 _CAUSE: Any = BaseException.__dict__["__cause__"]
 _CONTEXT: Any = BaseException.__dict__["__context__"]
 _SUPPRESS_CONTEXT: Any = BaseException.__dict__["__suppress_context__"]
-cause_of: Callable[[BaseException], Optional[BaseException]] = _CAUSE.__get__
-context_of: Callable[[BaseException], Optional[BaseException]] = _CONTEXT.__get__
+traceback_of: Callable[[BaseException], Optional[TracebackType]] = _TRACEBACK.__get__
+_cause_of: Callable[[BaseException], Optional[BaseException]] = _CAUSE.__get__
+_context_of: Callable[[BaseException], Optional[BaseException]] = _CONTEXT.__get__
 
 # From CPython 3.14 on, and without a global interpreter lock, sys.getrefcount() does
 # not count every reference.
@@ -166,10 +167,6 @@ def is_exception(value: Any) -> bool:
     return issubclass(type(value), BaseException)
 
 
-# The exception's traceback, whatever its class makes of the attribute.
-traceback_of: Callable[[BaseException], Optional[TracebackType]] = _TRACEBACK.__get__
-
-
 def frames_of(exc: BaseException) -> Iterator[FrameType]:
     """The frames in the exception's traceback, outermost first."""
     traceback = traceback_of(exc)
@@ -191,15 +188,15 @@ def _group_type() -> Any:
 def leads_on(exc: BaseException) -> bool:
     """Whether an exception has a cause, a context or members."""
     return (
-        cause_of(exc) is not None
-        or context_of(exc) is not None
+        _cause_of(exc) is not None
+        or _context_of(exc) is not None
         # What it says of itself may be a lie: its type is asked.
         or issubclass(type(exc), _Group or _group_type())
     )
 
 
 def _links(exc: BaseException) -> List[Tuple[Any, BaseException]]:
-    cause, context = cause_of(exc), context_of(exc)
+    cause, context = _cause_of(exc), _context_of(exc)
     group = _group_type()
     is_group = issubclass(type(exc), group)
     if cause is None and context is None and not is_group:
