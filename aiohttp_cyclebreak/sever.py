@@ -199,8 +199,6 @@ def _links(exc: BaseException) -> List[Tuple[Any, BaseException]]:
     cause, context = _cause_of(exc), _context_of(exc)
     group = _group_type()
     is_group = issubclass(type(exc), group)
-    if cause is None and context is None and not is_group:
-        return []
     links = [(_CAUSE, cause)] if cause is not None else []
     if context is not None:
         links.append((_CONTEXT, context))
@@ -481,7 +479,7 @@ def detach(exc: BaseException) -> None:
 
 
 def sever(
-    exceptions: Iterable[BaseException],
+    exceptions: List[BaseException],
     *,
     clear_frames: bool = True,
     spare: Iterable[FrameType] = (),
@@ -498,7 +496,6 @@ def sever(
     Returns:
         What was cut.
     """
-    exceptions = list(exceptions)
     left_alone = {id(frame): frame for frame in spare}
     visited = dict(left_alone)
     tracebacks = cleared = 0
