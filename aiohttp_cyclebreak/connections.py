@@ -1,7 +1,8 @@
 """When is a connection done? Follows it to the end of its task.
 
-What a plain request raises as its response, and nobody else has, is left to it: until
-its next request has been handled, for as long as aiohttp has it too, or to its end.
+Where a plain request raised its response, and only aiohttp has that, the connection
+keeps the exception until aiohttp has let go of it: until the next request has been
+handled, or its own end.
 """
 
 import asyncio
@@ -43,7 +44,7 @@ __all__ = (
 # By the id of its task.  It keeps nothing alive: a connection is followed by a callback
 # of that, so one that is never finished (a loop that is closed too early) goes with it.
 followed_connections: "Dict[int, ref[Connection]]" = {}
-# Those of them that have put nothing off since a request of theirs succeeded.
+# Those of them that have nothing put off: after a plain success there is nothing to do.
 settled_connections: Set[int] = set()
 # Those that keep for later what somebody has in hand.
 keeping_connections: "Dict[int, ref[Connection]]" = {}
@@ -54,10 +55,12 @@ _RETURNS = frozenset() if HANDLE_REQUEST is None else returns_of(HANDLE_REQUEST)
 
 
 def clear_request_frame(exc: BaseException) -> bool:
-    """Let the frame of a request's task, which has returned, go of the response.
+    """Clear the frame of a request's task, by which a raised response leads to itself.
+
+    Its traceback begins with that frame, and the frame has it in a local.
 
     Returns:
-        Whether the response came to that frame, and the connection has gone on.
+        Whether it does, and the frame is over.
     """
     entry = traceback_of(exc)
     frame = None if entry is None else entry.tb_frame
@@ -92,10 +95,11 @@ class Connection:
 
     def __init__(self, task: "asyncio.Task[Any]") -> None:
         self.key = id(task)
-        # aiohttp 3.13 has the request forget its task before it is done.
+        # Of the task, until it is done: aiohttp keeps the last request and response in
+        # its locals.  From aiohttp 3.13 on a request forgets the task before that.
         self.coroutine: Any = task.get_coro()
         self.frame = internals.connection_frame(task)
-        self.errors: List[BaseException] = []
+        self.errors: List[BaseException] = []  # of aiohttp's parser
         self.unread: Optional[aiohttp.StreamReader] = None  # of a body
         # Exceptions that somebody had in hand, and whether to clear their frames.
         self.later: Dict[int, Tuple[BaseException, bool]] = {}
@@ -126,14 +130,14 @@ class Connection:
         return False
 
     def take_back(self) -> Optional[BaseException]:
-        """Put it off no longer."""
+        """Have nothing put off any more, and return what was."""
         exc = self.put_off
         self.put_off = self.raised_by = None
         pending.pop(id(exc), None)
         return exc
 
     def take_back_of(self, request: web.BaseRequest) -> Optional[BaseException]:
-        """Put it off no longer, if it is of this request."""
+        """As :meth:`take_back`, if it is of this request."""
         raised_by = self.raised_by
         if raised_by is None or not internals.is_same(raised_by, request):
             return None
@@ -157,8 +161,8 @@ class Connection:
         """Sever what was put off, if the connection has gone on from its request.
 
         If nobody but aiohttp has it, then all of it goes by itself, once the frame of
-        the request's task does not hold it.  Its traceback stays, since the count of
-        references may be made up by somebody else.
+        the request's task does not hold it.  Its traceback stays: somebody else may
+        have it after all, in place of one of the references that are counted here.
 
         Args:
             request: the one that is being handled; None: the connection has ended.
@@ -191,7 +195,7 @@ class Connection:
             asyncio.get_running_loop().call_soon(self.sever_shared, found)
 
     def sever_shared(self, exceptions: List[BaseException]) -> None:
-        """Sever what nobody has noted, and somebody has but aiohttp."""
+        """Sever what no request has noted, and not only aiohttp has."""
         try:
             sorted_out = sort_out(exceptions)
             for _, own in sorted_out.ready:
@@ -229,7 +233,7 @@ class Connection:
         still = [exc for exc in roots if somebody_has(exc)]
         still += [exc for exc in sorted_out.in_flight if id(exc) in later]
         self.keep_for_later(still, clear_frames)
-        # What these lead to may be kept, or is looked at by others.
+        # Only those: what they lead to may be kept for good, or be others' to sever.
         ready = [exc for _, own in sorted_out.ready for exc in own]
         spare = sorted_out.spare
         spare += [f for exc in ready if id(exc) not in later for f in frames_of(exc)]
@@ -284,7 +288,7 @@ def _forget_connection(key: int, reference: "ref[Connection]") -> None:
     """Forget one that is gone without an end, since its loop was closed."""
     if followed_connections.get(key) is reference:
         _remove_connection(key)
-    # Not for each: that would be quadratic.
+    # Forget what those had pending that are gone; each time that would be quadratic.
     if len(pending) > 2 * len(followed_connections):
         for found in [each for each, holder in pending.items() if holder() is None]:
             pending.pop(found, None)

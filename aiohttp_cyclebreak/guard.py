@@ -582,10 +582,10 @@ def note_last(
 def _ask_in_the_end(
     request: web.BaseRequest, connection: Connection, options: Options
 ) -> bool:
-    """Ask a request's task, if it is the current one, what became of the request.
+    """Have a request's task asked, once it is done, what became of the request.
 
     Returns:
-        Whether it is.
+        Whether it will be: only the current one is.
     """
     if connection.asked is request:  # by another layer
         return True
@@ -645,7 +645,7 @@ def passed(
 
 
 def _keeps_only_body(request: web.Request, options: Options) -> bool:
-    """Ask in the end for a body that can be let go, if there is nothing else."""
+    """Whether a request keeps only its body; if so, its task is asked in the end."""
     if not options.are_silent or options.release_body or calls.are_followed:
         return False
     connection = follow_connection(internals.connection_of_upload(request))

@@ -79,7 +79,7 @@ else:  # which cannot be subscripted before Python 3.9
 
 
 class Watching(_RequestReference):
-    """A weak reference to a request by which the library never reads its body."""
+    """A weak reference of the library's own: nobody reads a request's body by it."""
 
     __slots__ = ()
 
@@ -217,10 +217,11 @@ def sort_out(
 
 
 class _LeftOver:
-    """What a task still ran with when those were done who had noted it, by loop.
+    """What tasks of one loop still ran with when those who had noted it were done.
 
-    Nobody tells when that task is done with it, so it is looked for when more comes.
-    An exception is held weakly, if its class allows that: the collector may have it.
+    Nobody tells when such a task is done with it, so all tasks are looked at when more
+    has come.  An exception is held weakly; if its class does not allow that, not at
+    all, and is left to the garbage collector.
     """
 
     __slots__ = ("exceptions", "many", "looks")
@@ -267,6 +268,7 @@ _left_over: "WeakKeyDictionary[asyncio.AbstractEventLoop, _LeftOver]" = (
 
 
 def leave(exceptions: Iterable[BaseException], clear_frames: bool = True) -> None:
+    """Leave what tasks have in hand, to be severed when they are done with it."""
     for exc in exceptions:
         loop = asyncio.get_running_loop()
         if loop not in _left_over:

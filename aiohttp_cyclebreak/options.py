@@ -81,7 +81,8 @@ class Options:
     are_silent: bool = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Found out once for all requests.
+        # Found out once for all requests: whether no option rules out the quick ways to
+        # sever, and whether there is nobody, either, who would be told of it.
         default = self.clear_frames and self.keep is None and self.on_break is None
         object.__setattr__(self, "are_default", default)
         object.__setattr__(self, "are_silent", default and self.listener is None)
