@@ -315,7 +315,7 @@ class _Asked:
             if connection.later:
                 connection.sever_later_ones()
             dropped = None
-            if not internals.keeps_own_exception(self.request):
+            if not internals.kept_exceptions(self.request):
                 dropped = self._drop(task)
             if dropped is None:
                 self._follow().end(task)

@@ -49,7 +49,6 @@ __all__ = (
     "is_same",
     "is_websocket_of",
     "keeps_nothing",
-    "keeps_own_exception",
     "kept_exceptions",
     "lacks",
     "make_innermost",
@@ -428,21 +427,6 @@ def release_payload(payload: aiohttp.StreamReader) -> bool:
         payload.set_exception(web.PayloadAccessError)  # type: ignore[arg-type]
         return True
     return error is not None
-
-
-def keeps_own_exception(request: Any) -> bool:
-    """Whether :func:`kept_exceptions` may find any.
-
-    aiohttp: as there.  Without them the answer is yes.
-    """
-    try:
-        payload = request._payload
-        error = None if payload is EMPTY_PAYLOAD else payload.exception()
-        return (error is not _PAYLOAD_ACCESS_ERROR and is_exception(error)) or any(
-            map(is_exception, request._state.values())
-        )
-    except AttributeError:
-        return True
 
 
 def release_body(request: web.BaseRequest, error: Type[BaseException]) -> None:
