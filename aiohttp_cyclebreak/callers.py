@@ -41,10 +41,10 @@ class _Caller(Holder):
         Only then does the interpreter tell what the task has in hand.
         """
         current = sys.exc_info()[1]
-        waits = not self.due
+        is_scheduled = bool(self.due)
         self.due = [exc for exc in self.exceptions if exc is not current]
         task = self.task()
-        if self.due and waits and task is not None:
+        if self.due and not is_scheduled and task is not None:
             task.get_loop().call_soon(self.sever_due_ones)
 
     def sever_due_ones(self) -> None:

@@ -225,6 +225,7 @@ class Connection:
             keeping_connections[self.key] = self.reference
 
     def sever_later_ones(self) -> None:
+        """Sever what was kept for later, but for what somebody still has in hand."""
         later, self.later = self.later, {}
         keeping_connections.pop(self.key, None)
         clear_frames = all(clear for _, clear in later.values())

@@ -109,13 +109,19 @@ class _Request(Holder):
         self.looks = False
         self.kept = False
 
-    def add(self, options: Options) -> None:
+    def add_options(self, options: Options) -> None:
         for each in self.options:
             if each is options:
                 return
         self.options.append(options)
         self.are_default = self.are_default and options.are_default
         self.releases_body = self.releases_body or options.release_body
+
+    def add_calls(self, serving: Serving) -> None:
+        if serving not in self.calls:
+            self.calls.append(serving)
+        for options in serving.options:
+            self.add_options(options)
 
     def note_call(self, exc: BaseException, task: "asyncio.Task[Any]") -> None:
         self.note(exc)
@@ -357,7 +363,7 @@ class _Asked:
         followed = _Request(self.request, self.connection)
         del self.request  # what is followed counts the references to it
         self.connection.following += 1
-        followed.add(self.options)
+        followed.add_options(self.options)
         exc = self.connection.take_back_of(followed.request)
         if exc is not None:
             followed.note(exc)
@@ -446,13 +452,6 @@ def begin(request: web.BaseRequest, options: Options) -> None:
         complain("taking up a request")
 
 
-def _take_part(followed: _Request, serving: Serving) -> None:
-    if serving not in followed.calls:
-        followed.calls.append(serving)
-    for options in serving.options:
-        followed.add(options)
-
-
 def follow(request: web.BaseRequest, options: Optional[Options]) -> Optional[_Request]:
     """Follow a request to the end of its task, if it is not followed yet."""
     if not internals.is_request(request):
@@ -474,11 +473,11 @@ def follow(request: web.BaseRequest, options: Optional[Options]) -> Optional[_Re
                 else:
                     connection.sever_put_off(request)
     if options is not None:
-        followed.add(options)
+        followed.add_options(options)
     if calls.are_followed:
         serving = calls.serving_of(request)
         if serving is not None:
-            _take_part(followed, serving)
+            followed.add_calls(serving)
     return followed
 
 
