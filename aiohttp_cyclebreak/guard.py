@@ -53,7 +53,7 @@ from .sever import (
     traceback_of,
 )
 
-__all__ = ("begin", "follow", "leave_alone", "note", "note_last", "passed")
+__all__ = ("begin", "follow", "leave_alone", "note", "note_http_exception", "passed")
 
 # Where a request has what follows it, beside its own attributes.
 _FOLLOWED = "_cyclebreak"
@@ -509,8 +509,9 @@ async def _count_when_caught() -> int:
     raise AssertionError
 
 
-# How many references to an exception note_last() counts if nobody else has any: as many
-# as in this imitation of a middleware.  What traces the program may have some.
+# How many references to an exception note_http_exception() counts if nobody else has
+# any: as many as in this imitation of a middleware.  What traces the program may have
+# some.
 _UNSHARED = -1
 if COUNTS_ARE_EXACT and sys.gettrace() is None:
     try:
@@ -519,7 +520,7 @@ if COUNTS_ARE_EXACT and sys.gettrace() is None:
         _UNSHARED = stop.value
 
 
-def note_last(
+def note_http_exception(
     request: web.BaseRequest,
     exc: web.HTTPException,
     options: Options,

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from . import calls, internals
 from .connections import keeping_connections, settled_connections
-from .guard import begin, note, note_last, passed
+from .guard import begin, note, note_http_exception, passed
 from .internals import connection_of_plain
 from .options import BreakEvent, Options, make_options, switched_off
 from .radar import Radar, Watch, watch_application, watch_of
@@ -182,7 +182,7 @@ def _make_layer(options: Options) -> "Middleware":
         try:
             response = await handler(request)
         except HTTPException as exc:
-            note_last(request, exc, options, cyclebreak_middleware)
+            note_http_exception(request, exc, options, cyclebreak_middleware)
             raise
         except BaseException as exc:
             note(request, exc, options)
@@ -230,7 +230,7 @@ def _make_inner_layer(options: Options, outermost: "Middleware") -> "Middleware"
         except HTTPException as exc:
             # In a task of its own, the outermost may be through with the request.
             if internals.own_task(request) is not None:
-                note_last(request, exc, options, outermost)
+                note_http_exception(request, exc, options, outermost)
             else:
                 note(request, exc, options)
             raise

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from . import internals
 from .connections import follow_connection, note_parser_error
-from .guard import begin, note, note_last, passed
+from .guard import begin, note, note_http_exception, passed
 from .options import BreakEvent, Options, make_options, switched_off
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _guarded(
         try:
             response = await handler(request)
         except web.HTTPException as exc:
-            note_last(request, exc, options, None)
+            note_http_exception(request, exc, options, None)
             raise
         except BaseException as exc:
             note(request, exc, options)
@@ -124,7 +124,7 @@ def _guard_inside(app: web.Application, options: Options) -> None:
         except web.HTTPException as exc:
             if internals.is_guarded(request):
                 if internals.own_task(request) is not None:
-                    note_last(request, exc, options, None)
+                    note_http_exception(request, exc, options, None)
                 else:
                     note(request, exc, options)
             raise
