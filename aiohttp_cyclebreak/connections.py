@@ -121,6 +121,9 @@ class Connection:
         aiohttp keeps the last ones there.  The collector is asked: reading the locals
         of a frame that goes on would leave references to them in it, before Python
         3.13.
+
+        aiohttp: the locals ``request`` and ``resp`` of ``RequestHandler.start``, 3.8
+        to 3.14.
         """
         # From CPython 3.11 on the locals are the coroutine's until it is over.
         referents = gc.get_referents(self.coroutine, self.frame)
