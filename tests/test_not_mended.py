@@ -10,7 +10,7 @@ from aiohttp import web
 
 from aiohttp_cyclebreak import setup
 
-from .service import AIOHTTP, alive, no_collector, run, serve, spin
+from .service import alive, no_collector, run, serve, spin
 from .test_next_request import (
     GUARDS,
     application,
@@ -120,7 +120,6 @@ def test_the_last_request_before_one_that_takes_its_time(
         assert run(main(lambda app: None)) == [[*refused, "/slow"]] * 2
 
 
-@pytest.mark.skipif(AIOHTTP < (3, 14), reason="there is none before")
 def test_a_client_that_resets_while_a_large_response_is_sent() -> None:
     """What aiohttp catches outside of all middlewares is for the collector."""
 
