@@ -598,11 +598,16 @@ def _ask_in_the_end(
 
 
 def leave_alone(request: web.BaseRequest, kept: bool) -> None:
-    """Leave the exceptions of a request alone, or no longer."""
+    """Leave the exceptions of a request alone, or no longer.
+
+    Those of the one that it is a clone of as well: outer layers see that one.
+    """
     try:
-        followed = follow(request, None)
-        if followed is not None:
-            followed.kept = kept
+        original = internals.original_of(request)
+        for each in [request] if original is request else [request, original]:
+            followed = follow(each, None)
+            if followed is not None:
+                followed.kept = kept
     except Exception:
         complain("opting out")
 

@@ -54,6 +54,7 @@ __all__ = (
     "make_innermost",
     "make_outermost",
     "missing_route",
+    "original_of",
     "own_task",
     "release_body",
     "release_payload",
@@ -325,6 +326,18 @@ def _is_current(request: web.BaseRequest) -> bool:
     """
     current = getattr(request.protocol, "_current_request", None)
     return current is request or (current is not None and is_same(current, request))
+
+
+def original_of(request: Any) -> web.BaseRequest:
+    """The request that aiohttp has made, where this is a clone of it, or this one.
+
+    aiohttp: ``RequestHandler._current_request``, 3.8 to 3.14.  Without it it is taken
+    for no clone.
+    """
+    current: Any = getattr(request.protocol, "_current_request", None)
+    is_clone = current is not None and is_same(current, request)
+    original: web.BaseRequest = current if is_clone else request
+    return original
 
 
 def has_gone_on(earlier: Any, request: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import traceback
 from typing import Any, Dict, List
 
 import pytest
@@ -191,3 +192,39 @@ def test_the_switch_leaves_handlers_as_they_are(
     assert decorate(refuse) is refuse
     with pytest.raises(TypeError):
         decorate(plain)
+
+
+@web.middleware
+async def clone(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Hand on a copy, as aiohttp-remotes does."""
+    return await handler(request.clone())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_keep_cycles_is_of_the_request_that_was_cloned_too(keeps: bool) -> None:
+    """The outer layers see that one, and would sever what its handler raised."""
+    kept: List[BaseException] = []
+
+    async def fail(request: web.Request) -> web.Response:
+        marker = "audit"
+        raise LookupError(marker)
+
+    @web.middleware
+    async def report(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except LookupError as exc:
+            kept.append(exc)
+            raise
+
+    async def main() -> None:
+        app = web.Application(middlewares=[report, clone])
+        app.router.add_get("/", keep_cycles(fail) if keeps else fail)
+        setup(app)
+        async with serve(app) as service:
+            assert (await service.ask())[0] == 500
+            await service.settle()
+
+    run(main())
+    frames = [frame for frame, _ in traceback.walk_tb(kept.pop().__traceback__)]
+    assert ("marker" in frames[-1].f_locals) is keeps
