@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from contextvars import Context
 from functools import partial
 from typing import Any, Dict, List, Optional
 from weakref import ref
@@ -96,7 +97,8 @@ def _calling_task() -> Optional[_Caller]:
     if caller is None:
         caller = _Caller(task)
         _callers[key] = ref(caller, partial(_callers.pop, key))
-        task.add_done_callback(caller.done)
+        # Not in the context of the first call: a worker may have another for each job.
+        task.add_done_callback(caller.done, context=Context())
     return caller
 
 

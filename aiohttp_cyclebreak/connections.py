@@ -7,6 +7,7 @@ handled, or its own end.
 
 import asyncio
 import gc
+from contextvars import Context
 from functools import partial
 from sys import getrefcount
 from typing import Any, Dict, Iterable, List, Optional, Set, Tuple
@@ -273,7 +274,8 @@ def follow_connection(task: Any) -> "Optional[Connection]":
     if connection is None and isinstance(task, asyncio.Task):  # a mock has none
         connection = Connection(task)
         followed_connections[connection.key] = connection.reference
-        task.add_done_callback(connection.done)
+        # Not in the context of the first request: the callback keeps it to the end.
+        task.add_done_callback(connection.done, context=Context())
     return connection
 
 

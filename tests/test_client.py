@@ -12,6 +12,7 @@ import ssl
 import sys
 import threading
 import traceback
+from contextvars import ContextVar
 from typing import (
     Any,
     AsyncIterator,
@@ -887,6 +888,34 @@ def test_calls_of_a_worker_that_are_tried_again(call: Any, loop: str) -> None:
     if AIOHTTP >= (3, 11, 14):
         pytest.skip(f"aiohttp {aiohttp.__version__} keeps none")
     assert bare[-1] >= 40
+
+
+class Job:
+    pass
+
+
+JOB: "ContextVar[Any]" = ContextVar("job", default=None)
+
+
+def test_a_worker_keeps_no_context_of_an_earlier_job() -> None:
+    """It is followed by a callback, and made while its first job makes a call."""
+
+    async def main(guarded: bool) -> int:
+        async with session_of(Upstream((HALF,)), guarded) as (session, url):
+
+            async def work() -> int:
+                for _ in range(3):
+                    JOB.set(Job())
+                    with contextlib.suppress(*FAILURES):
+                        await call(session, url)
+                await spin()
+                gc.collect()
+                return len(alive(Job))
+
+            return await asyncio.ensure_future(work())
+
+    assert run(main(False)) == 1
+    assert run(main(True)) == 1
 
 
 def test_a_worker_that_has_ended_leaves_nothing() -> None:
