@@ -40,6 +40,7 @@ __all__ = (
     "kept_requests",
     "note_parser_error",
     "settled_connections",
+    "unread_has_come",
 )
 
 # By the id of its task.  It keeps nothing alive: a connection is followed by a callback
@@ -211,6 +212,14 @@ class Connection:
         except Exception:
             complain("severing what was put off")
 
+    def release_unread(self) -> None:
+        """Release a body that came after the answer, if aiohttp has armed it."""
+        try:
+            if self.unread is not None and internals.release_payload(self.unread):
+                self.unread = None
+        except Exception:
+            complain("releasing a body that was not read")
+
     def needs(self, exc: BaseException) -> bool:
         """Whether an exception is put off whose request is being answered still."""
         raised_by = self.raised_by
@@ -298,6 +307,19 @@ def _forget_connection(key: int, reference: "ref[Connection]") -> None:
     if len(pending) > 2 * len(followed_connections):
         for found in [each for each, holder in pending.items() if holder() is None]:
             pending.pop(found, None)
+
+
+def unread_has_come(reference: "ref[Connection]") -> None:
+    """Release a connection's unread body as soon as aiohttp has armed it.
+
+    Args:
+        reference: to the connection, which has the body.
+    """
+    connection = reference()
+    task = None if connection is None else connection.task()
+    if connection is not None and task is not None:
+        # aiohttp, which waits for this, has been woken before, and arms it then.
+        task.get_loop().call_soon(connection.release_unread, context=Context())
 
 
 def note_parser_error(task: Any, exc: BaseException) -> None:

@@ -26,6 +26,7 @@ from .connections import (
     settled_connections,
 )
 from .counts import route_of
+    unread_has_come,
 from .holders import (
     MOST,
     Holder,
@@ -382,6 +383,7 @@ def _release_read_body_soon(
     owner: "Union[_Request, _Asked]",
     connection: Connection,
     exceptions: List[BaseException],
+        request.content.on_eof(partial(unread_has_come, connection.reference))
     task: "asyncio.Future[Any]",
 ) -> None:
     # Without a variable for the request, whose references are counted below this.
