@@ -8,6 +8,8 @@ it is left to the connection, without a callback: see :mod:`.connections`.
 
 import asyncio
 import sys
+from contextvars import Context
+from functools import partial
 from sys import getrefcount
 from typing import Any, Callable, Dict, List, Optional, Union, cast
 from weakref import getweakrefs, ref
@@ -24,9 +26,9 @@ from .connections import (
     followed_connections,
     keeping_connections,
     settled_connections,
+    unread_has_come,
 )
 from .counts import route_of
-    unread_has_come,
 from .holders import (
     MOST,
     Holder,
@@ -49,6 +51,7 @@ from .sever import (
     goes_by_itself,
     graph,
     leads_on,
+    leads_to,
     local_values,
     sever,
     traceback_of,
@@ -168,11 +171,14 @@ class _Request(Holder):
                 if connection.later:
                     connection.sever_later_ones()
             if not self.kept:
-                if self.exceptions and not self._drop(task):
+                dropped = self._drop(task)
+                if self.exceptions and not dropped:
                     self._sever(self.exceptions)
                 self._release(task)
-                if connection is not None and internals.has_read_body(self.request):
-                    _release_read_body_soon(self, connection, self.exceptions, task)
+                if connection is not None and (
+                    dropped or internals.has_read_body(self.request)
+                ):
+                    _look_again_soon(self, connection, self.exceptions, task)
         except Exception:
             complain("severing a request")
         finally:
@@ -329,8 +335,8 @@ class _Asked:
                 return
             if self.request.body_exists:
                 _release_payload(self.request, connection)
-            if internals.has_read_body(self.request):
-                _release_read_body_soon(self, connection, dropped, task)
+            if dropped or internals.has_read_body(self.request):
+                _look_again_soon(self, connection, dropped, task)
         except Exception:
             complain("letting go of a request")
 
@@ -377,40 +383,76 @@ def _release_payload(
     if not internals.release_payload(request.content) and connection is not None:
         # The client still sends the body; aiohttp reads on for a while.
         connection.unread = request.content
+        request.content.on_eof(partial(unread_has_come, connection.reference))
 
 
-def _release_read_body_soon(
+def _look_again_soon(
     owner: "Union[_Request, _Asked]",
     connection: Connection,
     exceptions: List[BaseException],
-        request.content.on_eof(partial(unread_has_come, connection.reference))
     task: "asyncio.Future[Any]",
 ) -> None:
+    """Look once more when the task is gone, with its context and other callbacks.
+
+    They may come to a response that was raised, and to the body, and have the request.
+    """
     # Without a variable for the request, whose references are counted below this.
-    if exceptions:
-        # The task's other callbacks may come to the body, by the response.
-        task.get_loop().call_soon(_release_read_body, owner, connection, exceptions)
-    else:
-        _release_read_body(owner, connection, exceptions)
+    if exceptions or not _release_read_body(owner, connection, exceptions):
+        look_again = partial(_look_again, owner, connection, exceptions, ref(task))
+        task.get_loop().call_soon(look_again, context=Context())
+
+
+def _look_again(
+    owner: "Union[_Request, _Asked]",
+    connection: Connection,
+    exceptions: List[BaseException],
+    task: "ref[asyncio.Future[Any]]",
+) -> None:
+    try:
+        _sever_from_task(connection, exceptions, task())
+        if internals.has_read_body(owner.request):
+            _release_read_body(owner, connection, exceptions)
+    except Exception:
+        complain("looking at a request again")
+
+
+def _sever_from_task(
+    connection: Connection,
+    exceptions: List[BaseException],
+    task: "Optional[asyncio.Future[Any]]",
+) -> None:
+    """Sever a response whose own frames have the task that it is the result of.
+
+    A :class:`asyncio.TaskGroup` has it, for one.  If somebody else has the task, then
+    the response is left as it is.
+    """
+    if task is None:
+        return
+    for exc in exceptions:
+        if leads_to(exc, task):
+            connection.sever_shared([exc])
 
 
 def _release_read_body(
     owner: "Union[_Request, _Asked]",
     connection: Connection,
     exceptions: List[BaseException],
-) -> None:
+) -> bool:
     """Let go of the body, if nobody but the connection's task has the request.
 
     Nobody can read it any more then, and an idle connection would keep it until
     its next request.
+
+    Returns:
+        Whether it has been let go.
     """
     try:
         request = owner.request
         if not COUNTS_ARE_EXACT:
-            return
+            return False
         for reference in getweakrefs(request):
             if type(reference) is not Watching:
-                return
+                return False
         for exc in exceptions:
             # What is left of the response's traceback goes with the response only.
             # The list, the variable, the argument; the connection's variable.
@@ -428,8 +470,10 @@ def _release_read_body(
             and getrefcount(request.__dict__) == _UNSHARED_DICT
         ):
             internals.release_read_body(request)
+            return True
     except Exception:
         complain("releasing a body")
+    return False
 
 
 def begin(request: web.BaseRequest, options: Options) -> None:

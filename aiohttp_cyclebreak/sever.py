@@ -12,7 +12,7 @@ import gc
 import inspect
 import sys
 from dataclasses import dataclass
-from types import CodeType, FrameType, FunctionType, TracebackType
+from types import CodeType, FrameType, FunctionType, ModuleType, TracebackType
 from typing import (
     Any,
     Callable,
@@ -42,6 +42,7 @@ __all__ = (
     "is_exception",
     "is_finished",
     "leads_on",
+    "leads_to",
     "local_values",
     "returns_of",
     "sever",
@@ -193,6 +194,38 @@ def leads_on(exc: BaseException) -> bool:
         # What it says of itself may be a lie: its type is asked.
         or issubclass(type(exc), _Group or _group_type())
     )
+
+
+# What is of these types is not of one call alone, or may be where tasks are registered.
+_NOT_ENTERED = (type, ModuleType, FunctionType, list, tuple, set, frozenset)
+_MOST_ENTERED = 10_000
+
+
+def leads_to(exc: BaseException, target: object) -> bool:
+    """Whether a local of an exception's finished frames has an object, or is it.
+
+    It has its attributes.  No container is entered, nor what a function closes over,
+    which others have as well.
+    """
+    found: List[Any] = []
+    for frame in frames_of(exc):
+        if is_finished(frame):
+            others = (frame.f_code, frame.f_globals, frame.f_builtins, frame.f_back)
+            values = gc.get_referents(frame)  # the last ones are those of its closure
+            own = values[: len(values) - len(frame.f_code.co_freevars)]
+            found += [each for each in own if not any(each is one for one in others)]
+    for step in range(4):  # a local, perhaps its cell, an attribute, perhaps its dict
+        if any(each is target for each in found):
+            return True
+        if step < 3:
+            entered = [each for each in found if not _is_one_of(each, _NOT_ENTERED)]
+            found = gc.get_referents(*entered[:_MOST_ENTERED])
+    return False
+
+
+def _is_one_of(value: Any, types: Tuple[type, ...]) -> bool:
+    # Not isinstance(): what it says of itself may be a lie, or raise.
+    return issubclass(type(value), types)
 
 
 def _links(exc: BaseException) -> List[Tuple[Any, BaseException]]:

@@ -1613,3 +1613,117 @@ def test_what_shares_a_frame_with_another_request_waits_for_that() -> None:
 
     run(main())
     assert found == [True]
+
+
+class Session:
+    """What an application opens for each request."""
+
+
+SESSION: "ContextVar[Any]" = ContextVar("session", default=None)
+
+
+@web.middleware
+async def open_session(request: web.Request, handler: Any) -> web.StreamResponse:
+    token = SESSION.set(Session())
+    try:
+        return await handler(request)  # type: ignore[no-any-return]
+    finally:
+        SESSION.reset(token)
+
+
+async def sessions_of_idle_connections(install: Guard, path: str) -> List[int]:
+    """How many there are after each of two requests of three connections."""
+    app = application(open_session)
+    app.router.add_get("/ok", answer)
+    install(app)
+    found = []
+    with no_collector():
+        async with serve(app) as service:
+            clients = [await service.connect() for _ in range(3)]
+            for _ in range(2):
+                for client in clients:
+                    await ask(client, path)
+                for client in clients:
+                    await ask(client, "/ok")
+                await spin()
+                found.append(len(alive(Session)))
+            for client in clients:
+                client.close()
+            await service.settle()
+    gc.collect()
+    return found
+
+
+@pytest.mark.parametrize("path", ["/ok", "/refuse/1", "POST"])
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_connection_keeps_no_context_of_a_request(guard: str, path: str) -> None:
+    """It is followed by a callback, and made while its first request is handled."""
+    for install in (lambda app: None, GUARDS[guard]):
+        assert run(sessions_of_idle_connections(install, path)) == [0, 0]
+
+
+async def refuse_with_task(request: web.Request) -> web.Response:
+    task = asyncio.current_task()
+    await asyncio.sleep(0)
+    raise web.HTTPConflict(text=repr(task is None))
+
+
+async def refuse_with_stored(request: web.Request) -> web.Response:
+    request["user"] = "somebody"
+    return await refuse_with_task(request)
+
+
+async def refuse_after_group(request: web.Request) -> web.Response:
+    async with asyncio.TaskGroup() as group:  # type: ignore[attr-defined,unused-ignore]
+        group.create_task(asyncio.sleep(0))
+    raise web.HTTPConflict
+
+
+async def refuse_after_timeout(request: web.Request) -> web.Response:
+    async with asyncio.timeout(60) as timeout:  # type: ignore[attr-defined,unused-ignore]
+        await asyncio.sleep(0)
+    raise web.HTTPConflict(text=repr(timeout.expired()))
+
+
+async def left_by_handler(handler: Any, method: str, install: Guard) -> int:
+    """As left_by(), of connections that go on with a request that succeeds."""
+
+    async def read_first(request: web.Request) -> web.Response:
+        await request.read()
+        return await handler(request)  # type: ignore[no-any-return]
+
+    app = application()
+    app.router.add_route("*", "/conflict", read_first)
+    install(app)
+    with no_collector():
+        before = len(alive())
+        async with serve(app) as service:
+            for _ in range(3):
+                client = await service.connect()
+                if method == "POST":
+                    await client.post("/conflict", b"body")
+                else:
+                    await client.get("/conflict")
+                assert (await client.answer())[0] == 409
+                await spin()
+                assert await ask(client, "/") == 200
+                client.close()
+                await service.settle()
+        return len(alive()) - before
+
+
+@pytest.mark.filterwarnings("ignore:It is recommended to use web.RequestKey")
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize(
+    "handler",
+    [refuse_with_task, refuse_with_stored, refuse_after_group, refuse_after_timeout],
+)
+def test_a_response_whose_frames_have_their_own_task(
+    handler: Any, method: str, guard: str
+) -> None:
+    """The task is done, and its result is the response."""
+    if "after" in handler.__name__ and sys.version_info < (3, 11):
+        pytest.skip("asyncio has none of these before CPython 3.11")
+    assert run(left_by_handler(handler, method, lambda app: None)) >= 3
+    assert run(left_by_handler(handler, method, GUARDS[guard])) == 0

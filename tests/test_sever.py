@@ -7,6 +7,7 @@ import gc
 import sys
 import traceback
 import weakref
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
@@ -17,6 +18,7 @@ from aiohttp_cyclebreak.sever import (
     graph,
     in_flight,
     is_finished,
+    leads_to,
     returns_of,
     sever,
 )
@@ -547,3 +549,54 @@ def test_exceptions_that_went_through_one_frame_are_whole_one_by_one() -> None:
     assert texts == [
         [entry.name for entry in traceback.extract_tb(e.__traceback__)] for e in found
     ]
+
+
+def failing_with(target: Any, holder: Any) -> BaseException:
+    """An exception of a frame that has the target by a local, and by its closure."""
+
+    def fail() -> None:
+        local = holder(target)
+        raise LookupError(str(local is None))
+
+    try:
+        fail()
+    except LookupError as exc:
+        return exc.with_traceback(exc.__traceback__.tb_next)  # type: ignore[union-attr]
+    raise AssertionError
+
+
+def failing_with_cell(target: Any) -> BaseException:
+    """An exception of a frame with a variable that an inner function has as well."""
+
+    def fail() -> None:
+        scope = SimpleNamespace(task=target)
+        raise LookupError(str([lambda: scope]))
+
+    try:
+        fail()
+    except LookupError as exc:
+        return exc.with_traceback(exc.__traceback__.tb_next)  # type: ignore[union-attr]
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("holder", "leads"),
+    [
+        (lambda target: target, True),
+        (lambda target: SimpleNamespace(task=target), True),
+        (lambda target: [target], False),  # a registry
+        (lambda target: SimpleNamespace(tasks={target}), False),
+        (lambda target: None, False),  # its closure has it
+    ],
+)
+def test_a_frame_leads_to_what_its_locals_have(holder: Any, leads: bool) -> None:
+    class Target:
+        pass
+
+    target = Target()
+    assert leads_to(failing_with(target, holder), target) is leads
+
+
+def test_a_frame_leads_to_what_a_cell_of_its_own_has() -> None:
+    target = object()
+    assert leads_to(failing_with_cell(target), target)
