@@ -397,9 +397,21 @@ def _look_again_soon(
     They may come to a response that was raised, and to the body, and have the request.
     """
     # Without a variable for the request, whose references are counted below this.
-    if exceptions or not _release_read_body(owner, connection, exceptions):
-        look_again = partial(_look_again, owner, connection, exceptions, ref(task))
-        task.get_loop().call_soon(look_again, context=Context())
+    references = getrefcount(task)
+    if internals.has_read_body(owner.request):
+        if not exceptions and _release_read_body(owner, connection, exceptions):
+            return
+    elif references <= _fewest_references:
+        return  # nobody else has the task
+    look_again = partial(
+        _look_again, owner, connection, exceptions, ref(task), references
+    )
+    task.get_loop().call_soon(look_again, context=Context())
+
+
+# How many references to a task that was gone a moment later _look_again_soon() has
+# counted, at least.  With one more somebody may have it: its own frames, for one.
+_fewest_references = 0
 
 
 def _look_again(
@@ -407,9 +419,14 @@ def _look_again(
     connection: Connection,
     exceptions: List[BaseException],
     task: "ref[asyncio.Future[Any]]",
+    references: int,
 ) -> None:
+    global _fewest_references
     try:
-        _sever_from_task(connection, exceptions, task())
+        if task() is not None:
+            _sever_from_task(connection, exceptions, task())
+        elif not _fewest_references or references < _fewest_references:
+            _fewest_references = references
         if internals.has_read_body(owner.request):
             _release_read_body(owner, connection, exceptions)
     except Exception:
