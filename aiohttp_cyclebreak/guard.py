@@ -178,7 +178,7 @@ class _Request(Holder):
                 if connection is not None and (
                     dropped or internals.has_read_body(self.request)
                 ):
-                    _look_again_soon(self, connection, self.exceptions, task)
+                    _look_again_soon(self, connection, self.exceptions, dropped, task)
         except Exception:
             complain("severing a request")
         finally:
@@ -336,7 +336,7 @@ class _Asked:
             if self.request.body_exists:
                 _release_payload(self.request, connection)
             if dropped or internals.has_read_body(self.request):
-                _look_again_soon(self, connection, dropped, task)
+                _look_again_soon(self, connection, dropped, True, task)
         except Exception:
             complain("letting go of a request")
 
@@ -390,43 +390,42 @@ def _look_again_soon(
     owner: "Union[_Request, _Asked]",
     connection: Connection,
     exceptions: List[BaseException],
+    are_dropped: bool,
     task: "asyncio.Future[Any]",
 ) -> None:
     """Look once more when the task is gone, with its context and other callbacks.
 
     They may come to a response that was raised, and to the body, and have the request.
+
+    Args:
+        owner: who has the request.
+        connection: the connection of the request.
+        exceptions: what the request has raised.
+        are_dropped: whether these were to go by themselves.
+        task: the task of the request, which is done.
     """
     # Without a variable for the request, whose references are counted below this.
-    references = getrefcount(task)
     if internals.has_read_body(owner.request):
         if not exceptions and _release_read_body(owner, connection, exceptions):
             return
-    elif references <= _fewest_references:
-        return  # nobody else has the task
+    elif not exceptions:
+        return
     look_again = partial(
-        _look_again, owner, connection, exceptions, ref(task), references
+        _look_again, owner, connection, exceptions, are_dropped, ref(task)
     )
     task.get_loop().call_soon(look_again, context=Context())
-
-
-# How many references to a task that was gone a moment later _look_again_soon() has
-# counted, at least.  With one more somebody may have it: its own frames, for one.
-_fewest_references = 0
 
 
 def _look_again(
     owner: "Union[_Request, _Asked]",
     connection: Connection,
     exceptions: List[BaseException],
+    are_dropped: bool,
     task: "ref[asyncio.Future[Any]]",
-    references: int,
 ) -> None:
-    global _fewest_references
     try:
-        if task() is not None:
+        if are_dropped:
             _sever_from_task(connection, exceptions, task())
-        elif not _fewest_references or references < _fewest_references:
-            _fewest_references = references
         if internals.has_read_body(owner.request):
             _release_read_body(owner, connection, exceptions)
     except Exception:
@@ -440,8 +439,7 @@ def _sever_from_task(
 ) -> None:
     """Sever a response whose own frames have the task that it is the result of.
 
-    A :class:`asyncio.TaskGroup` has it, for one.  If somebody else has the task, then
-    the response is left as it is.
+    A :class:`asyncio.TaskGroup` has it, for one.
     """
     if task is None:
         return
@@ -663,10 +661,11 @@ def _ask_in_the_end(
 def leave_alone(request: web.BaseRequest, kept: bool) -> None:
     """Leave the exceptions of a request alone, or no longer.
 
-    Those of the one that it is a clone of as well: outer layers see that one.
+    If they are, then those of the one that it is a clone of as well: that is what outer
+    layers see.
     """
     try:
-        original = internals.original_of(request)
+        original = internals.original_of(request) if kept else request
         for each in [request] if original is request else [request, original]:
             followed = follow(each, None)
             if followed is not None:

@@ -10,9 +10,19 @@ import contextlib
 import dis
 import gc
 import inspect
+import itertools
 import sys
+from collections import deque
 from dataclasses import dataclass
-from types import CodeType, FrameType, FunctionType, ModuleType, TracebackType
+from types import (
+    CodeType,
+    FrameType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    ModuleType,
+    TracebackType,
+)
 from typing import (
     Any,
     Callable,
@@ -196,16 +206,18 @@ def leads_on(exc: BaseException) -> bool:
     )
 
 
-# What is of these types is not of one call alone, or may be where tasks are registered.
-_NOT_ENTERED = (type, ModuleType, FunctionType, list, tuple, set, frozenset)
-_MOST_ENTERED = 10_000
+# Others than one call have what is of these types, and they may be large.
+_NOT_ENTERED = (
+    *(type, ModuleType, FunctionType),
+    *(list, tuple, set, frozenset, dict, deque),
+)
+_MOST_LOOKED_AT = 1_000
 
 
 def leads_to(exc: BaseException, target: object) -> bool:
     """Whether a local of an exception's finished frames has an object, or is it.
 
-    It has its attributes.  No container is entered, nor what a function closes over,
-    which others have as well.
+    It has its attributes.  No container is entered, nor what a function closes over.
     """
     found: List[Any] = []
     for frame in frames_of(exc):
@@ -214,18 +226,34 @@ def leads_to(exc: BaseException, target: object) -> bool:
             values = gc.get_referents(frame)  # the last ones are those of its closure
             own = values[: len(values) - len(frame.f_code.co_freevars)]
             found += [each for each in own if not any(each is one for one in others)]
-    for step in range(4):  # a local, perhaps its cell, an attribute, perhaps its dict
+    for _ in range(2):  # a local, perhaps in a cell, and its attributes
         if any(each is target for each in found):
             return True
-        if step < 3:
-            entered = [each for each in found if not _is_one_of(each, _NOT_ENTERED)]
-            found = gc.get_referents(*entered[:_MOST_ENTERED])
-    return False
+        entered, found = found, []
+        for each in entered:
+            if len(found) < _MOST_LOOKED_AT:
+                found += _attributes_of(each)
+    return any(each is target for each in found)
 
 
-def _is_one_of(value: Any, types: Tuple[type, ...]) -> bool:
-    # Not isinstance(): what it says of itself may be a lie, or raise.
-    return issubclass(type(value), types)
+def _attributes_of(value: Any) -> List[Any]:
+    # What an object says of itself may be a lie, or raise: its type is asked.
+    if issubclass(type(value), _NOT_ENTERED):
+        return []
+    attributes = gc.get_referents(value)  # without those in a __dict__
+    for base in _MRO.__get__(type(value)):
+        own = _NAMESPACE.__get__(base).get("__dict__")
+        if type(own) in (GetSetDescriptorType, MemberDescriptorType):
+            namespace = own.__get__(value)
+            if issubclass(type(namespace), dict):
+                values = dict.values(namespace)
+                attributes += itertools.islice(values, _MOST_LOOKED_AT)
+            break
+    return attributes
+
+
+_MRO: Any = type.__dict__["__mro__"]
+_NAMESPACE: Any = type.__dict__["__dict__"]
 
 
 def _links(exc: BaseException) -> List[Tuple[Any, BaseException]]:

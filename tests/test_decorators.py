@@ -200,6 +200,34 @@ async def clone(request: web.Request, handler: Any) -> web.StreamResponse:
     return await handler(request.clone())  # type: ignore[no-any-return]
 
 
+def test_break_cycles_is_of_the_clone_alone() -> None:
+    """A handler that is left alone calls one that is not, with a clone."""
+    kept: List[BaseException] = []
+
+    @break_cycles
+    async def inner(request: web.Request) -> web.Response:
+        return web.Response()
+
+    @keep_cycles
+    async def outer(request: web.Request) -> web.Response:
+        marker = "audit"
+        await inner(request.clone())
+        kept.append(LookupError(marker))
+        raise kept[-1]
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/", outer)
+        setup(app)
+        async with serve(app) as service:
+            assert (await service.ask())[0] == 500
+            await service.settle()
+
+    run(main())
+    frames = [frame for frame, _ in traceback.walk_tb(kept.pop().__traceback__)]
+    assert any("marker" in frame.f_locals for frame in frames)
+
+
 @pytest.mark.parametrize("keeps", [True, False])
 def test_keep_cycles_is_of_the_request_that_was_cloned_too(keeps: bool) -> None:
     """The outer layers see that one, and would sever what its handler raised."""

@@ -387,6 +387,35 @@ def test_an_outer_layer_is_asked_what_to_keep() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_what_is_kept_stays_whole_when_it_is_looked_at_again(method: str) -> None:
+    """Its frame has the request's own task, and the request has a body."""
+    kept: List[BaseException] = []
+
+    async def fail(request: web.Request) -> web.Response:
+        await request.read()
+        task = asyncio.current_task()
+        error = web.HTTPConflict(text=repr(task is None))
+        kept.append(error)
+        raise error
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_route("*", "/", fail)
+        setup(app, keep=lambda request, exc: True)
+        async with serve(app) as service:
+            client = await service.connect()
+            await (client.post("/", b"body") if method == "POST" else client.get("/"))
+            assert (await client.answer())[0] == 409
+            await spin()
+            client.close()
+            await service.settle()
+
+    run(main())
+    frames = [frame for frame, _ in traceback.walk_tb(kept.pop().__traceback__)]
+    assert "task" in frames[-1].f_locals
+
+
 def test_a_server_releases_too() -> None:
     """guard_server(runner, release_body=True) takes no middleware."""
 

@@ -7,6 +7,7 @@ import gc
 import sys
 import traceback
 import weakref
+from collections import deque
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List
 
@@ -551,6 +552,13 @@ def test_exceptions_that_went_through_one_frame_are_whole_one_by_one() -> None:
     ]
 
 
+class WithSlots:
+    __slots__ = ("task",)
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+
+
 def failing_with(target: Any, holder: Any) -> BaseException:
     """An exception of a frame that has the target by a local, and by its closure."""
 
@@ -584,6 +592,10 @@ def failing_with_cell(target: Any) -> BaseException:
     [
         (lambda target: target, True),
         (lambda target: SimpleNamespace(task=target), True),
+        (WithSlots, True),
+        (lambda target: {"task": target}, False),
+        (lambda target: SimpleNamespace(tasks={"first": target}), False),
+        (lambda target: deque([target]), False),
         (lambda target: [target], False),  # a registry
         (lambda target: SimpleNamespace(tasks={target}), False),
         (lambda target: None, False),  # its closure has it
