@@ -751,8 +751,12 @@ def _grows(series: "array[int]") -> bool:
     """Whether it grew throughout, at about one rate.
 
     A cache that fills grows less and less; what is collected now and then, as the
-    timers that asyncio's event loop has cancelled, comes down between the thirds.
+    timers that asyncio's event loop has cancelled, comes down between the thirds; and
+    what is made once, a regular expression for instance, is one or two large steps.
     """
+    steps = sorted(right - left for left, right in zip(series, series[1:]))
+    if 2 * sum(steps[-2:]) > series[-1] - series[0]:
+        return False
     size = len(series) // 3
     thirds = [series[start : start + size] for start in range(0, 3 * size, size)]
     separate = all(max(one) < min(next) for one, next in zip(thirds, thirds[1:]))

@@ -1,11 +1,15 @@
 """The pytest plugin, in test runs of its own: what fails there, and what it says."""
 
 import sys
+from array import array
+from itertools import accumulate
 from pathlib import Path
-from typing import Dict
+from typing import Dict, List
 
 import pytest
 from aiohttp import web
+
+from aiohttp_cyclebreak.pytest_plugin import _grows
 
 from .service import AIOHTTP
 
@@ -521,3 +525,18 @@ def test_nobody_else_patches_requests() -> None:
     """Nothing is changed in aiohttp unless a test is watched."""
     assert web.BaseRequest.__init__.__qualname__ == "BaseRequest.__init__"
     assert not hasattr(web.BaseRequest.__init__, "__wrapped__")
+
+
+@pytest.mark.parametrize(
+    ("steps", "grows"),
+    [
+        ([400] * 11, True),
+        ([400, 300, 500, 900, 300, 400, 500, 300, 600, 400, 300], True),
+        # Noise, and what is made once while there is some.
+        ([8150, 350, 50, 100, 100, 100, 50, 150, 50, 50, 50], False),
+        ([100, 350, 50, 100, 50, 350, 100, 50, 2100, 350, 6350], False),
+    ],
+)
+def test_what_is_made_once_is_no_growth(steps: List[int], grows: bool) -> None:
+    series = array("q", accumulate([15000, *steps]))
+    assert _grows(series) is grows
