@@ -405,10 +405,7 @@ def _look_again_soon(
         task: the task of the request, which is done.
     """
     # Without a variable for the request, whose references are counted below this.
-    if internals.has_read_body(owner.request):
-        if not exceptions and _release_read_body(owner, connection, exceptions):
-            return
-    elif not exceptions:
+    if not exceptions and _release_read_body(owner, connection, exceptions):
         return
     look_again = partial(
         _look_again, owner, connection, exceptions, are_dropped, ref(task)

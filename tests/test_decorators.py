@@ -200,6 +200,15 @@ async def clone(request: web.Request, handler: Any) -> web.StreamResponse:
     return await handler(request.clone())  # type: ignore[no-any-return]
 
 
+async def answer_500(handler: Any, *middlewares: Any) -> None:
+    app = web.Application(middlewares=middlewares)
+    app.router.add_get("/", handler)
+    setup(app)
+    async with serve(app) as service:
+        assert (await service.ask())[0] == 500
+        await service.settle()
+
+
 def test_break_cycles_is_of_the_clone_alone() -> None:
     """A handler that is left alone calls one that is not, with a clone."""
     kept: List[BaseException] = []
@@ -215,15 +224,7 @@ def test_break_cycles_is_of_the_clone_alone() -> None:
         kept.append(LookupError(marker))
         raise kept[-1]
 
-    async def main() -> None:
-        app = web.Application()
-        app.router.add_get("/", outer)
-        setup(app)
-        async with serve(app) as service:
-            assert (await service.ask())[0] == 500
-            await service.settle()
-
-    run(main())
+    run(answer_500(outer))
     frames = [frame for frame, _ in traceback.walk_tb(kept.pop().__traceback__)]
     assert any("marker" in frame.f_locals for frame in frames)
 
@@ -245,14 +246,6 @@ def test_keep_cycles_is_of_the_request_that_was_cloned_too(keeps: bool) -> None:
             kept.append(exc)
             raise
 
-    async def main() -> None:
-        app = web.Application(middlewares=[report, clone])
-        app.router.add_get("/", keep_cycles(fail) if keeps else fail)
-        setup(app)
-        async with serve(app) as service:
-            assert (await service.ask())[0] == 500
-            await service.settle()
-
-    run(main())
+    run(answer_500(keep_cycles(fail) if keeps else fail, report, clone))
     frames = [frame for frame, _ in traceback.walk_tb(kept.pop().__traceback__)]
     assert ("marker" in frames[-1].f_locals) is keeps
