@@ -118,21 +118,8 @@ class Connection:
         self.reference = ref(self, partial(_forget_connection, self.key))
 
     def holds(self, value: object) -> bool:
-        """Whether a local of the connection's task is this request or response.
-
-        aiohttp keeps the last ones there.  The collector is asked: reading the locals
-        of a frame that goes on would leave references to them in it, before Python
-        3.13.
-
-        aiohttp: the locals ``request`` and ``resp`` of ``RequestHandler.start``, 3.8
-        to 3.14.
-        """
-        # From CPython 3.11 on the locals are the coroutine's until it is over.
-        referents = gc.get_referents(self.coroutine, self.frame)
-        for each in referents:  # noqa: SIM110 - as in sever
-            if each is value:
-                return True
-        return False
+        """Whether the connection's task has this request or response as its last."""
+        return internals.connection_holds(self.coroutine, self.frame, value)
 
     def take_back(self) -> Optional[BaseException]:
         """Have nothing put off any more, and return what was."""

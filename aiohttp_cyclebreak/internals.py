@@ -28,6 +28,7 @@ __all__ = (
     "all_tasks",
     "body_size",
     "connection_frame",
+    "connection_holds",
     "connection_of_plain",
     "connection_of_response",
     "connection_of_upload",
@@ -494,7 +495,7 @@ def has_request(request: web.BaseRequest) -> bool:
     A connection serves one request at a time, and an idle keep-alive connection keeps
     its last one, in a local variable of the coroutine that its task runs.  Another one
     keeps the last response until the next: that may be an exception, whose traceback
-    leads to the request.  The collector is asked, as in :meth:`.Connection.holds`.
+    leads to the request.  The collector is asked, as in :func:`connection_holds`.
 
     aiohttp: the locals ``request`` and ``resp`` of ``RequestHandler.start``, its
     ``._task_handler``, ``StreamResponse._req`` and ``BaseRequest._payload_writer``,
@@ -541,6 +542,22 @@ def route_of(request: web.BaseRequest) -> Any:
     aiohttp: ``Request._match_info``, 3.8 to 3.14.
     """
     return getattr(getattr(request, "_match_info", None), "route", None)
+
+
+def connection_holds(coroutine: Any, frame: Optional[FrameType], value: object) -> bool:
+    """Whether the coroutine of a connection's task refers to a request or response.
+
+    The collector is asked: reading the locals of a frame that goes on would leave
+    references to them in it, before Python 3.13.
+
+    aiohttp: the locals ``request`` and ``resp`` of ``RequestHandler.start``, 3.8 to
+    3.14.
+    """
+    # From CPython 3.11 on the locals are the coroutine's until it is over.
+    for each in gc.get_referents(coroutine, frame):  # noqa: SIM110 - as in sever
+        if each is value:
+            return True
+    return False
 
 
 def missing_route(request: web.BaseRequest) -> Optional[web.HTTPException]:
