@@ -1,6 +1,5 @@
 """How does a client session take part? ``client_cyclebreak()``."""
 
-import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +12,9 @@ from .callers import (
     note_last_attempt,
     note_successful_call,
 )
-from .options import switched_off
+from .options import is_off
 
 __all__ = ("client_cyclebreak",)
-
-logger = logging.getLogger("aiohttp_cyclebreak")
 
 
 def client_cyclebreak() -> aiohttp.TraceConfig:
@@ -60,8 +57,7 @@ def client_cyclebreak() -> aiohttp.TraceConfig:
     .. versionadded:: 0.1.0
     """
     trace_config = aiohttp.TraceConfig()
-    if switched_off():
-        logger.warning("AIOHTTP_CYCLEBREAK=off: outgoing calls are not followed")
+    if is_off("outgoing calls are not followed"):
         return trace_config
     calls.follow()
     signals: Any = trace_config  # aiohttp 3.10 declares its functions wrongly

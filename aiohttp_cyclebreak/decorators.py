@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractView
 
 from .guard import begin, leave_alone, note, passed
-from .options import Options, switched_off
+from .options import Options, is_off
 
 __all__ = ("break_cycles", "keep_cycles")
 
@@ -16,6 +16,7 @@ _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _Around = Callable[[web.Request, Callable[[], Awaitable[Any]]], Awaitable[Any]]
 
 _OPTIONS = Options()
+_NOTHING = "decorators change nothing"
 
 
 def break_cycles(handler: _Decorated) -> _Decorated:
@@ -80,7 +81,12 @@ def _decorate(name: str, handler: _Decorated, around: _Around) -> _Decorated:
     if inspect.isclass(handler):
         if not issubclass(handler, AbstractView):
             raise TypeError(f"@{name}: {handler!r} is a class, but no aiohttp.web.View")
-        if not switched_off():
+        if handler.__module__.partition(".")[0] == "aiohttp":
+            raise TypeError(
+                f"@{name} would change {handler!r} for all who use it: decorate a "
+                "subclass of yours"
+            )
+        if not is_off(_NOTHING):
             _wrap_view(handler, around)
         return handler
     if not inspect.iscoroutinefunction(handler):
@@ -88,7 +94,11 @@ def _decorate(name: str, handler: _Decorated, around: _Around) -> _Decorated:
             f"@{name} takes a coroutine function (async def), a web.View class or a "
             f"method of one, not {handler!r}"
         )
-    if switched_off():
+    try:
+        inspect.signature(handler).bind_partial(None)
+    except TypeError:
+        raise TypeError(f"@{name}: {handler!r} takes no request") from None
+    if is_off(_NOTHING):
         return handler
     wrapper: _Decorated = _wrap_function(handler, around)
     return wrapper

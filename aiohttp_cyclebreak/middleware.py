@@ -1,6 +1,5 @@
 """How does an application install it? ``cyclebreak()`` and ``setup()``."""
 
-import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Callable, Optional
 from weakref import WeakSet
@@ -11,7 +10,7 @@ from . import calls, internals
 from .connections import keeping_connections, settled_connections
 from .guard import begin, note, note_http_exception, passed
 from .internals import connection_of_plain
-from .options import BreakEvent, Options, make_options, switched_off
+from .options import BreakEvent, Options, is_off, make_options
 from .radar import Radar, Watch, watch_application, watch_of
 
 __all__ = ("cyclebreak", "setup")
@@ -23,7 +22,7 @@ if TYPE_CHECKING:  # these have moved between the supported versions
 _ends: "WeakSet[Middleware]" = WeakSet()
 
 HTTPException = web.HTTPException  # looked up for every request
-logger = logging.getLogger("aiohttp_cyclebreak")
+_NOT_GUARDED = "requests are not guarded"
 
 
 def cyclebreak(
@@ -76,8 +75,7 @@ def cyclebreak(
     .. versionadded:: 0.1.0
     """
     options = make_options(clear_frames, keep, on_break, release_body)
-    if switched_off():
-        _log_switched_off()
+    if is_off(_NOT_GUARDED):
         return _pass_through
     return _make_layer(options)
 
@@ -125,8 +123,7 @@ def setup(
             f"{app!r} is frozen, it takes no middleware any more: call setup() "
             "before the application is started or added to another one"
         )
-    if switched_off():
-        _log_switched_off()
+    if is_off(_NOT_GUARDED):
         return
     if any(middleware in _ends for middleware in app.middlewares):
         watch = watch_of(app)
@@ -161,10 +158,6 @@ def setup(
 
     on_startup: Any = app.on_startup  # aiohttp 3.10 declares its functions wrongly
     on_startup.append(reach_the_ends)
-
-
-def _log_switched_off() -> None:
-    logger.warning("AIOHTTP_CYCLEBREAK=off: requests are not guarded")
 
 
 @web.middleware

@@ -4,7 +4,7 @@ import inspect
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import Any, Callable, Optional, Set, Type
+from typing import Any, Callable, Optional, Set, Tuple, Type
 
 from aiohttp import web
 
@@ -12,6 +12,7 @@ __all__ = (
     "BodyReleasedError",
     "BreakEvent",
     "Options",
+    "is_off",
     "make_options",
     "switched_off",
 )
@@ -19,7 +20,8 @@ __all__ = (
 logger = logging.getLogger("aiohttp_cyclebreak")
 
 _VARIABLE = "AIOHTTP_CYCLEBREAK"
-_not_understood: Set[str] = set()
+# What has been logged of the switch: once in a process, however often it is asked.
+_logged: Set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,10 @@ def make_options(
     for name, value in (("clear_frames", clear_frames), ("release_body", release_body)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, not {value!r}")
-    for name, function in (("keep", keep), ("on_break", on_break)):
+    for name, function, arguments in (
+        ("keep", keep, ("request", "exception")),
+        ("on_break", on_break, ("event",)),
+    ):
         if function is None:
             continue
         if not callable(function):
@@ -112,17 +117,51 @@ def make_options(
                 f"{name} must be a plain function, not the coroutine function "
                 f"{function!r}"
             )
+        _check_arguments(name, function, arguments)
     return Options(clear_frames, keep, on_break, release_body)
+
+
+def _check_arguments(
+    name: str, function: Callable[..., Any], arguments: Tuple[str, ...]
+) -> None:
+    # It would fail for every request, and a keep= that fails keeps.
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a function in C, say
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as exc:
+        raise TypeError(
+            f"{name} is called with {' and '.join(f'the {each}' for each in arguments)}"
+            f", which {function!r} does not take: {exc}"
+        ) from None
 
 
 def switched_off() -> bool:
     """Whether the environment variable ``AIOHTTP_CYCLEBREAK`` says ``off``."""
     value = os.environ.get(_VARIABLE, "").strip().lower()
-    if value not in ("", "on", "off") and value not in _not_understood:
-        _not_understood.add(value)
-        logger.warning(
-            "%s=%s is not understood and changes nothing: set it to off or on",
-            _VARIABLE,
-            value,
+    if value not in ("", "on", "off"):
+        _log_once(
+            f"{_VARIABLE}={value} is not understood and changes nothing: set it to off "
+            "or on"
         )
     return value == "off"
+
+
+def is_off(what: str) -> bool:
+    """As :func:`switched_off`; if so, it is logged.
+
+    Args:
+        what: what does nothing then, in words.
+    """
+    if not switched_off():
+        return False
+    _log_once(f"{_VARIABLE}=off: {what}")
+    return True
+
+
+def _log_once(text: str) -> None:
+    if text not in _logged:
+        _logged.add(text)
+        logger.warning("%s", text)

@@ -1,6 +1,5 @@
 """How is what lies below the middleware guarded? ``guard_server()``."""
 
-import logging
 from typing import TYPE_CHECKING, Any, Awaitable, Callable, Optional, Union
 
 import aiohttp
@@ -9,14 +8,12 @@ from aiohttp import web
 from . import internals
 from .connections import follow_connection, note_parser_error
 from .guard import begin, note, note_http_exception, passed
-from .options import BreakEvent, Options, make_options, switched_off
+from .options import BreakEvent, Options, is_off, make_options
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
 __all__ = ("guard_server",)
-
-logger = logging.getLogger("aiohttp_cyclebreak")
 
 
 def guard_server(
@@ -60,8 +57,7 @@ def guard_server(
             f"runner must be an aiohttp.web.AppRunner or ServerRunner, not {runner!r}"
         )
     options = make_options(clear_frames, keep, on_break, release_body)
-    if switched_off():
-        logger.warning("AIOHTTP_CYCLEBREAK=off: the server is not guarded")
+    if is_off("the server is not guarded"):
         return
     server = runner.server
     if server is None:

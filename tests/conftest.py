@@ -5,7 +5,7 @@ from typing import Iterator
 
 import pytest
 
-from aiohttp_cyclebreak import calls, complaints
+from aiohttp_cyclebreak import calls, complaints, options
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,12 @@ def _no_complaint(request: pytest.FixtureRequest) -> Iterator[None]:
     complaints._complaints.clear()
     if "expects_complaint" not in request.keywords:
         assert not complained
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_logged_yet() -> None:
+    """The switch is logged once in a process."""
+    options._logged.clear()
 
 
 @pytest.fixture(autouse=True)

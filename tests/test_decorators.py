@@ -7,6 +7,7 @@ from typing import Any, Dict, List
 
 import pytest
 from aiohttp import web
+from aiohttp.abc import AbstractView
 
 from aiohttp_cyclebreak import BreakEvent, break_cycles, keep_cycles, setup
 
@@ -192,6 +193,27 @@ def test_the_switch_leaves_handlers_as_they_are(
     assert decorate(refuse) is refuse
     with pytest.raises(TypeError):
         decorate(plain)
+
+
+async def without_request(*, name: str = "") -> web.Response:
+    return web.Response()
+
+
+@pytest.mark.parametrize("decorate", [break_cycles, keep_cycles])
+@pytest.mark.parametrize(
+    ("handler", "message"),
+    [
+        (web.View, "for all who use it"),
+        (AbstractView, "for all who use it"),
+        (without_request, "takes no request"),
+    ],
+)
+def test_what_is_not_ones_own_handler(
+    decorate: Any, handler: Any, message: str
+) -> None:
+    """It would do nothing, or to every view of the process."""
+    with pytest.raises(TypeError, match=message):
+        decorate(handler)
 
 
 @web.middleware

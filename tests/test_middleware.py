@@ -12,9 +12,12 @@ from aiohttp import web
 
 from aiohttp_cyclebreak import (
     BreakEvent,
+    break_cycles,
+    client_cyclebreak,
     connections,
     cyclebreak,
     guard,
+    guard_server,
     holders,
     setup,
 )
@@ -88,6 +91,30 @@ def test_a_coroutine_function_is_no_callback(
     """Nobody would await it."""
     with pytest.raises(TypeError, match=f"^{option} must be a plain function"):
         APIS[api](web.Application(), **{option: function})
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize(
+    ("option", "function", "message"),
+    [
+        ("keep", lambda exc: False, "keep is called with the request and the exc"),
+        ("keep", lambda: False, "keep is called with the request and the exception"),
+        ("on_break", lambda: None, "on_break is called with the event"),
+        ("on_break", lambda event, *, to: None, "on_break is called with the event"),
+    ],
+)
+def test_a_callback_takes_what_it_is_called_with(
+    api: str, option: str, function: Any, message: str
+) -> None:
+    """A keep= that fails for every request would switch the guard off."""
+    with pytest.raises(TypeError, match=f"^{message}"):
+        APIS[api](web.Application(), **{option: function})
+
+
+@pytest.mark.parametrize("keep", [lambda *args: False, isinstance, dict])
+def test_any_callback_that_takes_it_is_one(keep: Any) -> None:
+    """One in C, which does not say what it takes, as well."""
+    cyclebreak(keep=keep)
 
 
 def test_options_are_keywords() -> None:
@@ -520,6 +547,32 @@ def test_the_switch_makes_it_a_pass_through(
     assert run(requests_left(app, *["/item/a"] * 5)) == 5
     (line,) = log
     assert "AIOHTTP_CYCLEBREAK=off" in line
+
+
+def test_the_switch_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, log: List[str]
+) -> None:
+    """Each part says it once in a process, also in a handler that makes sessions."""
+    monkeypatch.setenv("AIOHTTP_CYCLEBREAK", "off")
+
+    async def main() -> None:
+        runner = web.AppRunner(application())
+        await runner.setup()
+        for _ in range(3):
+            setup(application())
+            cyclebreak()
+            break_cycles(refuse)
+            client_cyclebreak()
+            guard_server(runner)
+        await runner.cleanup()
+
+    run(main())
+    assert log == [
+        "AIOHTTP_CYCLEBREAK=off: requests are not guarded",
+        "AIOHTTP_CYCLEBREAK=off: decorators change nothing",
+        "AIOHTTP_CYCLEBREAK=off: outgoing calls are not followed",
+        "AIOHTTP_CYCLEBREAK=off: the server is not guarded",
+    ]
 
 
 def test_the_switch_does_not_hide_a_wrong_option(
