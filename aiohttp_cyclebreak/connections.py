@@ -10,10 +10,9 @@ import gc
 from contextvars import Context
 from functools import partial
 from sys import getrefcount
-from typing import Any, Dict, Iterable, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple
 from weakref import ref
 
-import aiohttp
 from aiohttp import web
 
 from . import internals
@@ -102,7 +101,8 @@ class Connection:
         self.coroutine: Any = task.get_coro()
         self.frame = internals.connection_frame(task)
         self.errors: List[BaseException] = []  # of aiohttp's parser
-        self.unread: Optional[aiohttp.StreamReader] = None  # of a body
+        # Releases a body that came after the answer, and says whether it has.
+        self.unread: Optional[Callable[[], bool]] = None
         # Exceptions that somebody had in hand, and whether to clear their frames.
         self.later: Dict[int, Tuple[BaseException, bool]] = {}
         self.following = 0  # requests by a callback of their task
@@ -202,7 +202,7 @@ class Connection:
     def release_unread(self) -> None:
         """Release a body that came after the answer, if aiohttp has armed it."""
         try:
-            if self.unread is not None and internals.release_payload(self.unread):
+            if self.unread is not None and self.unread():
                 self.unread = None
         except Exception:
             complain("releasing a body that was not read")
@@ -245,8 +245,7 @@ class Connection:
         try:
             empty_with_callers(self.frame, {})
             self.sever_put_off(None)
-            if self.unread is not None:
-                internals.release_payload(self.unread)
+            self.release_unread()
             if self.later:
                 self.sever_later_ones()
             for exc, clear_frames in self.later.values():

@@ -11,7 +11,7 @@ import sys
 from contextvars import Context
 from functools import partial
 from sys import getrefcount
-from typing import Any, Callable, Dict, List, Optional, Union, cast
+from typing import Any, Callable, Dict, List, Optional, Type, Union, cast
 from weakref import getweakrefs, ref
 
 from aiohttp import hdrs, web
@@ -295,7 +295,8 @@ class _Request(Holder):
         if self.releases_body and request.content.is_eof():
             internals.release_body(request, BodyReleasedError)
         else:
-            _release_payload(request, self.connection)
+            late = BodyReleasedError if self.releases_body else web.PayloadAccessError
+            _release_payload(request, self.connection, late)
 
 
 class _Asked:
@@ -378,12 +379,15 @@ class _Asked:
 
 
 def _release_payload(
-    request: web.BaseRequest, connection: "Optional[Connection]"
+    request: web.BaseRequest,
+    connection: "Optional[Connection]",
+    late: Type[web.PayloadAccessError] = web.PayloadAccessError,
 ) -> None:
-    if not internals.release_payload(request.content) and connection is not None:
+    content = request.content
+    if not internals.release_payload(content, late) and connection is not None:
         # The client still sends the body; aiohttp reads on for a while.
-        connection.unread = request.content
-        request.content.on_eof(partial(unread_has_come, connection.reference))
+        connection.unread = partial(internals.release_payload, content, late)
+        content.on_eof(partial(unread_has_come, connection.reference))
 
 
 def _look_again_soon(

@@ -421,7 +421,10 @@ def kept_exceptions(request: web.BaseRequest) -> List[BaseException]:
     return kept
 
 
-def release_payload(payload: aiohttp.StreamReader) -> bool:
+def release_payload(
+    payload: aiohttp.StreamReader,
+    late: Type[web.PayloadAccessError] = web.PayloadAccessError,
+) -> bool:
     """Let a body that is read too late raise an error of the reader's own.
 
     After the response aiohttp arms the payload with a ``PayloadAccessError``.
@@ -433,12 +436,16 @@ def release_payload(payload: aiohttp.StreamReader) -> bool:
 
     aiohttp: 3.8 to 3.14.
 
+    Args:
+        payload: the body.
+        late: that error's class.
+
     Returns:
         Whether the payload is armed, so that nothing is left to do.
     """
     error = payload.exception()
     if isinstance(error, web.PayloadAccessError):
-        payload.set_exception(web.PayloadAccessError)  # type: ignore[arg-type]
+        payload.set_exception(late)  # type: ignore[arg-type]
         return True
     return error is not None
 

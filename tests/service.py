@@ -140,10 +140,15 @@ async def spin() -> None:
 
 
 @contextlib.asynccontextmanager
-async def serve(app: web.Application, **options: Any) -> AsyncIterator[Service]:
+async def serve(
+    app: web.Application,
+    guard: Callable[[web.AppRunner], Any] = lambda runner: None,
+    **options: Any,
+) -> AsyncIterator[Service]:
     """Serve an application on a free port of loopback."""
     runner = web.AppRunner(app, **options)
     await runner.setup()
+    guard(runner)
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     await web.SockSite(runner, sock).start()
