@@ -1004,6 +1004,11 @@ _PATTERNS: Tuple[Tuple[str, str, Tuple[str, ...]], ...] = (
         "http-exception",
         ("aiohttp.web_protocol:_handle_request", "local variable 'resp'", _HTTP_ERROR),
     ),
+    (
+        "delayed",
+        "client-gone",
+        ("aiohttp.base_protocol:_drain_helper", _ERROR, "traceback"),
+    ),
     ("delayed", "kept-local", (_FRAME, "traceback")),
 )
 

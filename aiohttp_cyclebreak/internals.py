@@ -691,6 +691,7 @@ def guard_connections(
     *,
     connected: Callable[[Any], Any],
     refused: Callable[[Any, BaseException], None],
+    lost: Callable[[Any, BaseException], None],
     around: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> bool:
     """Make a server, and no other, tell of its connections and requests.
@@ -699,12 +700,17 @@ def guard_connections(
     are: nothing that other servers share is touched.
 
     aiohttp: ``RequestHandler._task_handler``, ``._messages``, ``._request_handler``
-    and ``web_protocol._ErrInfo``, 3.8 to 3.14; see :func:`lacks`.
+    and ``web_protocol._ErrInfo``, 3.8 to 3.14; see :func:`lacks`.  Without
+    ``._current_request``, ``._drain_waiter`` or ``.log_access``, 3.8 to 3.14, some of
+    what is lost is not told.
+    asyncio: ``Future._exception``, 3.8 to 3.14: who asks for it in public has seen it.
 
     Args:
         server: the server, before its first connection.
         connected: called with the task of each connection.
         refused: called with that task and what was wrong with a request.
+        lost: called with a request and what is raised there, or was and aiohttp has
+            caught it, since the client has gone while something was sent to it.
         around: makes the handler of all requests from the server's own.
 
     Returns:
@@ -727,6 +733,23 @@ def guard_connections(
             messages = self._messages
             if messages and isinstance(messages[-1][0], error_class):
                 refused(self._task_handler, messages[-1][0].exc)
+
+        def connection_lost(self, exc: Optional[BaseException]) -> None:
+            # The handler may swallow it.  The connection forgets both below.
+            request = getattr(self, "_current_request", None)
+            waiter = getattr(self, "_drain_waiter", None)
+            super().connection_lost(exc)
+            error = getattr(waiter, "_exception", None)
+            if request is not None and error is not None:
+                lost(request, error)
+
+        def log_access(self, request: Any, *args: Any, **kwargs: Any) -> None:
+            # aiohttp catches what is raised while it sends a response, and is in that
+            # block now.
+            super().log_access(request, *args, **kwargs)
+            error = sys.exc_info()[1]
+            if issubclass(type(error), ConnectionError):
+                lost(request, error)  # type: ignore[arg-type]
 
     base: Any = type(server)
 

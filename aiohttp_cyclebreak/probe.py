@@ -103,9 +103,15 @@ class Floor:
 class _Client:
     """A blocking socket: it makes no cycles of its own, and no transport does."""
 
-    def __init__(self, port: int, begun: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        port: int,
+        begun: Callable[[], int] = lambda: 0,
+        is_unread: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._port = port
         self._begun = begun
+        self._is_unread = is_unread
         # One thread: the default executor starts more of them as it goes.
         self._thread = ThreadPoolExecutor(1)
         self._staying: List[socket.socket] = []
@@ -141,17 +147,26 @@ class _Client:
                 elif step is Step.BYTES:
                     sock.recv(65536)
                 elif step is Step.BEGUN:
-                    deadline = time.monotonic() + _TIMEOUT
-                    while self._begun() < begun + sent:
-                        if time.monotonic() > deadline:
-                            raise TimeoutError("the server did not begin a request")
-                        time.sleep(0.0005)
+                    self._wait(partial(self._have_begun, begun + sent), step)
+                elif step is Step.UNREAD:
+                    self._wait(self._is_unread, step)
                 elif step is Step.STAY:
                     self._staying.append(sock)
                     stack.pop_all()
                 elif step is Step.RESET:
                     linger = struct.pack("ii", 1, 0)
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+    def _have_begun(self, requests: int) -> bool:
+        return self._begun() >= requests
+
+    @staticmethod
+    def _wait(is_so: Callable[[], bool], step: Step) -> None:
+        deadline = time.monotonic() + _TIMEOUT
+        while not is_so():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"in vain: {step.value}")
+            time.sleep(0.0005)
 
     @staticmethod
     def _answer(sock: socket.socket, received: bytes) -> bytes:
@@ -255,6 +270,12 @@ def _listen() -> socket.socket:
     return sock
 
 
+def _is_unread(server: web.Server) -> bool:
+    """Whether a server has more to send than the buffers of a connection take."""
+    transports: Any = [each.transport for each in server.connections]
+    return any(each and each.get_write_buffer_size() for each in transports)
+
+
 def remedy(leak: Leak) -> "Dict[str, Callable[[Any], Any]]":
     """What stops a leak, as arguments for :func:`measure`."""
     if leak.remedy is Remedy.SERVER:
@@ -302,7 +323,11 @@ async def measure(
         await web.SockSite(runner, sock).start()
         server = runner.server
         assert server is not None
-        client = _Client(sock.getsockname()[1], lambda: server.requests_count)
+        client = _Client(
+            sock.getsockname()[1],
+            lambda: server.requests_count,
+            partial(_is_unread, server),
+        )
         tasks = set(asyncio.all_tasks())
         busy = partial(getattr, server, "connections")
         gateway = gateway_of(app)
@@ -368,7 +393,7 @@ async def measure_floor(visits: int = 20) -> Floor:
 
     sock = _listen()
     server = await loop.create_server(Protocol, sock=sock)
-    client = _Client(sock.getsockname()[1], lambda: 0)
+    client = _Client(sock.getsockname()[1])
     tasks = set(asyncio.all_tasks())
 
     async def count(times: int, visit: Callable[[], Awaitable[None]]) -> float:

@@ -27,7 +27,8 @@ def guard_server(
     """Guard every connection of one runner, also those that never carry a request.
 
     A port scanner, a load balancer's probe, a malformed request and a refused
-    ``Expect:`` leave reference cycles behind before any middleware runs.  Call this
+    ``Expect:`` leave reference cycles behind before any middleware runs, and a client
+    that goes away while something large is sent to it after all of them.  Call this
     between ``await runner.setup()`` and the start of the first site.  It needs no
     middleware beside it: what handlers and middlewares raise is noted as well, by a
     middleware that it adds at the inner end of the application and its
@@ -80,6 +81,7 @@ def guard_server(
         server,
         connected=follow_connection,
         refused=note_parser_error,
+        lost=lambda request, exc: note(request, exc, options),
         around=lambda handler: _guarded(handler, options),
     ):
         return

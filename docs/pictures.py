@@ -53,6 +53,7 @@ LEAKS = (
     "gateway/cut/swallow",
     "gateway/half/swallow",
     "unseen/malformed",
+    "client-gone/response",
     "idle-body",
 )
 OF_3_10_10 = ("cve-2024-52303",)  # what a later release is free of
@@ -227,7 +228,11 @@ async def run(
     sock = probe._listen()
     await web.SockSite(runner, sock).start()
     server: Any = runner.server
-    client = probe._Client(sock.getsockname()[1], lambda: server.requests_count)
+    client = probe._Client(
+        sock.getsockname()[1],
+        lambda: server.requests_count,
+        partial(probe._is_unread, server),
+    )
     tasks = set(asyncio.all_tasks())
     busy = partial(getattr, server, "connections")
 

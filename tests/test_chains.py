@@ -405,6 +405,8 @@ KEPT_OTHERWISE = {
     "gateway/cut/swallow",
     "gateway/half/swallow",
     "gateway/half/gather",
+    "client-gone/response",
+    "client-gone/stream",
 }
 SHOWN = [
     leak

@@ -120,8 +120,8 @@ def test_the_last_request_before_one_that_takes_its_time(
         assert run(main(lambda app: None)) == [[*refused, "/slow"]] * 2
 
 
-def test_a_client_that_resets_while_a_large_response_is_sent() -> None:
-    """What aiohttp catches outside of all middlewares is for the collector."""
+def test_a_client_that_goes_away_while_a_large_response_is_sent() -> None:
+    """What aiohttp catches outside of all middlewares only guard_server() sees."""
 
     async def large(request: web.Request) -> web.Response:
         return web.Response(body=bytes(50_000_000))

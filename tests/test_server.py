@@ -1,8 +1,10 @@
 """guard_server(): one runner, its connections, and those that carry no request."""
 
 import asyncio
+import logging
+import pathlib
 import socket
-from typing import Any, List
+from typing import Any, AsyncIterator, List
 
 import pytest
 from aiohttp import web, web_protocol
@@ -45,12 +47,12 @@ async def start(runner: Any) -> Service:
     return Service(runner, sock.getsockname()[1])
 
 
-async def requests_left(runner: Any, guarded: bool, *paths: str) -> int:
+async def requests_left(runner: Any, guarded: bool, *paths: str, **options: Any) -> int:
     with no_collector():
         before = len(alive())
         await runner.setup()
         if guarded:
-            guard_server(runner)
+            guard_server(runner, **options)
         service = await start(runner)
         for path in paths:
             await service.ask(path)
@@ -74,6 +76,44 @@ def test_it_needs_no_middleware(middlewares: Any, loop: str) -> None:
     assert run(main(guarded=True), loop) == 0
 
 
+@pytest.mark.parametrize("middlewares", [(), (swallow,)])
+def test_what_keep_is_true_of_is_kept(middlewares: Any) -> None:
+    """It is asked with the request and the exception."""
+    asked: List[Any] = []
+
+    def keep(request: web.Request, exc: BaseException) -> bool:
+        asked.append((request.path, type(exc)))
+        return request.path == "/"
+
+    async def main() -> int:
+        runner = web.AppRunner(application(*middlewares))
+        return await requests_left(runner, True, "/", "/sub/", "/", keep=keep)
+
+    assert run(main()) == 2
+    assert set(asked) == {(path, web.HTTPBadRequest) for path in ("/", "/sub/")}
+
+
+@pytest.mark.parametrize("clear", [True, False])
+def test_clear_frames(clear: bool) -> None:
+    """Who holds the exception finds a traceback without locals, or none."""
+    held: List[BaseException] = []
+
+    @web.middleware
+    async def hold(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except web.HTTPException as exc:
+            held.append(exc)
+            raise
+
+    async def main() -> int:
+        runner = web.AppRunner(application(hold))
+        return await requests_left(runner, True, "/", clear_frames=clear)
+
+    assert run(main()) == 0
+    assert (held[0].__traceback__ is not None) is clear
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_low_level_server(loop: str) -> None:
     """A ServerRunner has no application, no route and no middleware."""
@@ -85,6 +125,159 @@ def test_a_low_level_server(loop: str) -> None:
 
     assert run(main(guarded=False), loop) == 5
     assert run(main(guarded=True), loop) == 0
+
+
+# More than the buffers of a connection take.
+LARGE = 20_000_000
+
+
+async def respond(request: web.Request) -> web.Response:
+    return web.Response(body=bytes(LARGE))
+
+
+async def refuse_at_length(request: web.Request) -> web.Response:
+    raise web.HTTPBadRequest(body=bytes(LARGE))
+
+
+async def generate(request: web.Request) -> web.Response:
+    async def body() -> AsyncIterator[bytes]:
+        yield bytes(LARGE)
+
+    return web.Response(body=body())
+
+
+async def stream(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    await response.write(bytes(LARGE))
+    return response
+
+
+async def swallow_and_stream(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    try:
+        await response.write(bytes(LARGE))
+    except ConnectionError:
+        pass
+    return response
+
+
+SENT = (respond, refuse_at_length, generate, stream, swallow_and_stream)
+
+
+async def go_away(service: Service) -> None:
+    """Reset a connection while the server waits for its client to read."""
+    client = await service.connect()
+    await client.get("/")
+    server: Any = service.runner.server
+    while not any(
+        each.transport is not None and each.transport.get_write_buffer_size()
+        for each in server.connections
+    ):
+        await asyncio.sleep(0)
+    client.reset()
+    await service.settle()
+
+
+async def left_by_clients_that_go(handler: Any, **options: Any) -> int:
+    app = web.Application()
+    app.router.add_get("/", handler)
+    runner = web.AppRunner(app, access_log_format="%r %s")
+    with no_collector():
+        before = len(alive())
+        await runner.setup()
+        if options.pop("guarded", True):
+            guard_server(runner, **options)
+        service = await start(runner)
+        for _ in range(3):
+            await go_away(service)
+        left = len(alive()) - before
+        await runner.cleanup()
+        return left
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("handler", SENT)
+def test_clients_that_go_away_while_something_is_sent(handler: Any, loop: str) -> None:
+    """The future that aiohttp's writer waits for keeps the exception that it raises."""
+    assert run(left_by_clients_that_go(handler, guarded=False), loop) == 3
+    assert run(left_by_clients_that_go(handler), loop) == 0
+
+
+def test_clients_that_go_away_while_a_file_is_sent(tmp_path: pathlib.Path) -> None:
+    """There it is a future of the event loop's."""
+    path = tmp_path / "large"
+    path.write_bytes(bytes(LARGE))
+
+    async def send(request: web.Request) -> web.FileResponse:
+        return web.FileResponse(path)
+
+    async def main(guarded: bool) -> int:
+        app = web.Application()
+        app.router.add_get("/", send)
+        runner = web.AppRunner(app)
+        with no_collector():
+            before = len(alive())
+            await runner.setup()
+            if guarded:
+                guard_server(runner)
+            service = await start(runner)
+            for _ in range(3):
+                client = await service.connect()
+                await client.get("/")
+                received = b""
+                while not received.partition(b"\r\n\r\n")[2]:
+                    received += await asyncio.get_running_loop().sock_recv(
+                        client.sock, 1000
+                    )
+                client.reset()
+                await service.settle()
+            left = len(alive()) - before
+            await runner.cleanup()
+            return left
+
+    assert run(main(guarded=False)) == 3
+    assert run(main(guarded=True)) == 0
+
+
+@pytest.mark.parametrize("handler", [respond, swallow_and_stream])
+def test_options_hold_for_clients_that_go_away(handler: Any) -> None:
+    """They are asked and told as for an exception that is raised."""
+    events: List[BreakEvent] = []
+    asked: List[Any] = []
+
+    def keep(request: web.Request, exc: BaseException) -> bool:
+        asked.append((request.path, issubclass(type(exc), ConnectionError)))
+        return True
+
+    assert run(left_by_clients_that_go(handler, keep=keep)) == 3
+    assert set(asked) == {("/", True)}
+    assert run(left_by_clients_that_go(handler, on_break=events.append)) == 0
+    assert {(event.method, event.route) for event in events} == {("GET", "/")}
+    assert run(left_by_clients_that_go(handler, clear_frames=False)) == 0
+
+
+@pytest.mark.parametrize("handler", SENT)
+def test_what_is_logged_of_clients_that_go_away(handler: Any) -> None:
+    """The access log and aiohttp's errors are as bare."""
+
+    def logged(guarded: bool) -> List[str]:
+        records = Records()
+        logger = logging.getLogger("aiohttp")
+        level = logger.level
+        logger.addHandler(records)
+        logger.setLevel(logging.INFO)
+        try:
+            run(left_by_clients_that_go(handler, guarded=guarded))
+        finally:
+            logger.removeHandler(records)
+            logger.setLevel(level)
+        return [line.partition("\n")[0] for line in records.lines]
+
+    bare = logged(guarded=False)
+    assert len(bare) == 3
+    assert logged(guarded=True) == bare
 
 
 @pytest.mark.parametrize("shared", [False, True])

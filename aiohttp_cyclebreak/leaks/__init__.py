@@ -3,6 +3,7 @@
 from typing import Tuple
 
 from . import (
+    client_gone,
     close_cancel,
     concurrent,
     gateway,
@@ -32,6 +33,7 @@ CATALOGUE: Tuple[Leak, ...] = (
     *kept.LEAKS,
     *concurrent.LEAKS,
     *gateway.LEAKS,
+    *client_gone.LEAKS,
     *unseen.LEAKS,
     *idle_body.LEAKS,
 )

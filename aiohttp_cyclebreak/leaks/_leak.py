@@ -36,6 +36,7 @@ class Step(enum.Enum):
     ANSWER = "read one whole response"
     BEGUN = "wait until the server has begun to handle what was sent"
     BYTES = "wait for the first bytes of an answer, or for its end"
+    UNREAD = "wait until the server waits for the client to read"
     RESET = "reset the connection"
     STAY = "leave the connection open and idle, until everything is counted"
 

@@ -1,0 +1,60 @@
+"""The client goes away while something large is sent to it."""
+
+from aiohttp import web
+
+from ._leak import Affected, Kind, Leak, Remedy, Step, get
+
+# More than the buffers of a connection take, so that aiohttp waits for the client.
+_SIZE = 20_000_000
+
+
+async def _answer(request: web.Request) -> web.Response:
+    return web.Response(body=bytes(_SIZE))
+
+
+async def _stream(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    try:
+        await response.write(bytes(_SIZE))
+    except ConnectionError:
+        pass
+    return response
+
+
+def _build(app: web.Application) -> None:
+    app.router.add_get("/", _answer)
+    app.router.add_get("/stream", _stream)
+
+
+def _leak(variant: str, title: str, path: str, frame: str) -> Leak:
+    return Leak(
+        id="client-gone/" + variant,
+        title=title,
+        kind=Kind.DELAYED,
+        chain=(
+            "frame of BaseProtocol._drain_helper -> future -> exception -> traceback "
+            f"-> that frame, and that of {frame} -> request"
+        ),
+        affected=(Affected(),),
+        upstream="",
+        build=_build,
+        visits=((get(path), Step.UNREAD, Step.RESET),),
+        remedy=Remedy.SERVER,
+    )
+
+
+LEAKS = (
+    _leak(
+        "response",
+        "the client goes away while a large response is sent",
+        "/",
+        "RequestHandler.finish_response",
+    ),
+    _leak(
+        "stream",
+        "or while a handler streams, which swallows that",
+        "/stream",
+        "the handler",
+    ),
+)
