@@ -9,6 +9,7 @@ import asyncio
 import gc
 import inspect
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from types import (
@@ -162,7 +163,8 @@ def shortest_chain(
             between steps: the longest of these is one pass over all objects.
 
     Returns:
-        The chain; None when nothing else holds the object.
+        The chain; None when nothing else is seen to hold the object.  What runs is
+        not always seen before CPython 3.13.
 
     .. versionadded:: 0.1.0
     """
@@ -303,24 +305,27 @@ class _Search:
         self._frames.clear()
         self._running.clear()
         self._references.clear()
-        frames = list(sys._current_frames().values())  # noqa: SLF001
+        frames = list(sys._current_frames().items())  # noqa: SLF001
         while frames:  # popped, since one that held itself would be a reference cycle
-            frame = frames.pop()
-            self._look_at(frame)
+            thread, frame = frames.pop()
+            self._look_at(frame, thread != threading.get_ident())
             if frame.f_back is not None:
-                frames.append(frame.f_back)
+                frames.append((thread, frame.f_back))
             del frame
 
-    def _look_at(self, frame: FrameType) -> None:
+    def _look_at(self, frame: FrameType, elsewhere: bool) -> None:
         self._running.add(id(frame))
         if _belongs_to(frame.f_globals, _MACHINERY):
             self._ignored.add(id(frame))
         if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             return  # its variables are those of a module or a class
-        for name, value in _variables(frame, self._ignored):
+        variables = _variables(frame, elsewhere, self._ignored)
+        if variables is None:
+            variables = [("", value) for value in _values(frame)]
+        for name, value in variables:
             self._references[id(value)] = self._references.get(id(value), 0) + 1
             if id(frame) not in self._ignored:
-                link = _frame_link(frame, f"local variable {name!r}")
+                link = _frame_link(frame, _local(name))
                 self._frames.setdefault(id(value), _Root("live", link))
 
     # Who leads where.
@@ -747,22 +752,90 @@ def _code_of(resumable: Any) -> CodeType:
     return code  # type: ignore[return-value]
 
 
+# Who may have the dict that is a frame's ``f_locals`` names one of these.
+_SHARING = {
+    "_getframe",
+    "currentframe",
+    "dir",
+    "eval",
+    "exec",
+    "f_locals",
+    "locals",
+    "vars",
+}
+# pytest has each assertion of a test ask for it, and keep nothing.
+_OF_PYTEST = "@py_builtins"
+
+
+def _may_share(names: Collection[str]) -> bool:
+    shared = _SHARING.intersection(names)
+    return bool(shared - {"locals"} if _OF_PYTEST in names else shared)
+
+
 def _variables(
-    frame: FrameType, snapshots: Optional[Set[int]] = None
-) -> Iterator[Tuple[str, Any]]:
-    """A function's local variables, without leaving them behind in the frame."""
+    frame: FrameType, elsewhere: bool, snapshots: Optional[Set[int]] = None
+) -> Optional[List[Tuple[str, Any]]]:
+    """A function's local variables; None where reading them might change something.
+
+    Before CPython 3.13 ``f_locals`` is a dict that the frame shares with whoever has
+    asked for it, ``locals()`` or a trace function: reading it brings that up to date,
+    and a trace function's is written back into the variables.
+
+    Args:
+        frame: of the function.
+        elsewhere: whether it runs in another thread, of which it is not known whether
+            it is traced.
+        snapshots: where to note the id of a dict that somebody else has.
+    """
+    if sys.version_info >= (3, 13):
+        return list(frame.f_locals.items())
+    if (
+        elsewhere
+        or frame.f_trace is not None
+        or sys.gettrace() is not None
+        or sys.getprofile() is not None
+        or _may_share(frame.f_code.co_names)
+    ):
+        return None
     variables = frame.f_locals
-    try:
-        yield from list(variables.items())
-    finally:
-        # Before CPython 3.13 it is a dict that the frame keeps.  If nobody else has
-        # asked for it, nobody misses what is in it.
-        if sys.version_info < (3, 13) and isinstance(variables, dict):
-            # The frame, the variable, the argument.
-            if sys.getrefcount(variables) <= 3:
-                variables.clear()
-            elif snapshots is not None:
-                snapshots.add(id(variables))
+    found = list(variables.items())
+    # It stays in the frame.  If nobody else has it, nobody misses what is in it: the
+    # frame, the variable, the argument.
+    if sys.getrefcount(variables) <= 3:
+        variables.clear()
+    elif snapshots is not None:
+        snapshots.add(id(variables))
+    return found
+
+
+def _values(frame: FrameType) -> List[Any]:
+    """What a function's variables hold, as far as the collector sees it."""
+    known = (
+        frame.f_back,
+        frame.f_builtins,
+        frame.f_code,
+        frame.f_globals,
+        frame.f_trace,
+    )
+    ids = set(map(id, known))
+    return [each for each in gc.get_referents(frame) if id(each) not in ids]
+
+
+def _local(name: str) -> str:
+    return f"local variable {name!r}" if name else "local variable"
+
+
+def _runs_elsewhere(frame: FrameType) -> bool:
+    """Whether a frame is one of those that run in other threads."""
+    tops = sys._current_frames()  # noqa: SLF001
+    tops.pop(threading.get_ident(), None)  # which has this function's own
+    for top in tops.values():
+        running: Optional[FrameType] = top
+        while running is not None:
+            if running is frame:
+                return True
+            running = running.f_back
+    return False
 
 
 def _dict_of(each: Any) -> Optional[Dict[str, Any]]:
@@ -866,13 +939,15 @@ def _how_dict(holder: Any, held: Any) -> str:
 
 
 def _how_frame(frame: FrameType, held: Any) -> str:
+    variables: Optional[List[Tuple[str, Any]]] = []
     if frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-        for name, value in _variables(frame):
-            if value is held or _is_cell_of(held, value):
-                return f"local variable {name!r}"
+        variables = _variables(frame, _runs_elsewhere(frame))
+    for name, value in variables or ():
+        if value is held or _is_cell_of(held, value):
+            return _local(name)
     if frame.f_back is held:
         return "f_back"
-    return "temporary value"
+    return "temporary value" if variables is not None else _local("")
 
 
 def _is_cell_of(cell: Any, value: Any) -> bool:

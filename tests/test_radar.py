@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import logging
 import math
+import sys
 import threading
 import time
 from typing import Any, Dict, Iterator, List
@@ -651,6 +652,9 @@ def test_a_thread_that_has_a_request_is_named() -> None:
     with logged() as messages:
         run(main())
     assert len(messages) == 1
+    if (3, 11) <= sys.version_info < (3, 13):  # it cannot be seen without a trace
+        assert messages[0].endswith("the garbage collector knows of any more.")
+        return
     assert "job (" in messages[0] or "run (" in messages[0]
     assert "held by something that is not over" in messages[0]
 
