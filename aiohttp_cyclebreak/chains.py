@@ -28,12 +28,14 @@ from types import (
 )
 from typing import (
     Any,
+    Callable,
     Collection,
     Dict,
     Generator,
     Iterable,
     Iterator,
     List,
+    Mapping,
     Optional,
     Sequence,
     Set,
@@ -43,6 +45,7 @@ from typing import (
 from aiohttp import web
 
 from . import internals
+from .counts import module_of as _module_of
 from .counts import type_name as _type_name
 from .leaks import CATALOGUE, Remedy
 from .sever import COUNTS_ARE_EXACT
@@ -461,7 +464,7 @@ class _Search:
             return frame is not None and (
                 id(frame) in self._ignored or _belongs_to(frame.f_globals, _RUNNERS)
             )
-        return _is_of(getattr(kind, "__module__", None), _RUNNERS)
+        return _is_of(_module_of(kind), _RUNNERS)
 
     def _look_for_root(self, index: int) -> None:
         each = self._objects[index]
@@ -481,7 +484,7 @@ class _Search:
         namespace = self._objects[index]
         return any(
             value is self._objects[held]
-            for name, value in namespace.items()
+            for name, value in list(namespace.items())
             if name not in _LAST_ERROR
             for held in self._held[index]
         )
@@ -715,7 +718,7 @@ def _referents(each: Any) -> List[Any]:
     if issubclass(type(each), ModuleType):
         # In CPython 3.12 asyncio's own, in C, also gives the objects of its free list,
         # which die a second time when they are let go.
-        return [vars(each)]
+        return [object.__getattribute__(each, "__dict__")]  # a lazy one would load
     return gc.get_referents(each)
 
 
@@ -724,7 +727,7 @@ def _is_of(module: object, packages: Sequence[str]) -> bool:
 
 
 def _belongs_to(namespace: Dict[str, Any], packages: Sequence[str]) -> bool:
-    return _is_of(namespace.get("__name__"), packages)
+    return _is_of(dict.get(namespace, "__name__"), packages)
 
 
 def _is_open_loop(each: Any) -> bool:
@@ -732,7 +735,7 @@ def _is_open_loop(each: Any) -> bool:
         return False
     try:
         return not each.is_closed()
-    except NotImplementedError:  # it is no loop, it only inherits from one
+    except Exception:  # it is no loop, it only inherits from one
         return False
 
 
@@ -841,7 +844,7 @@ def _runs_elsewhere(frame: FrameType) -> bool:
 def _dict_of(each: Any) -> Optional[Dict[str, Any]]:
     try:
         attributes = object.__getattribute__(each, "__dict__")
-    except AttributeError:
+    except Exception:  # a property of the application's, say
         return None
     return attributes if type(attributes) is dict else None
 
@@ -853,7 +856,7 @@ def _is_dict_of(each: Any, owner: Any) -> bool:
 
 
 def _key(namespace: Dict[Any, Any], held: Any, name: str) -> str:
-    for key, value in namespace.items():
+    for key, value in list(dict.items(namespace)):
         if value is held and type(key) is str:
             return f"{name} {key!r}"
     return name
@@ -891,8 +894,8 @@ def _what(
 
 
 def _name_of(function: Any) -> str:
-    name = getattr(function, "__qualname__", None)
-    return name if isinstance(name, str) else type(function).__name__
+    kind = type(function)
+    return function.__qualname__ if kind is FunctionType else _type_name(kind)
 
 
 def _frame_link(frame: FrameType, holds: str) -> Link:
@@ -923,14 +926,14 @@ def _how(holder: Any, held: Any) -> str:
     attributes = _dict_of(holder)
     if attributes is held:
         return "attributes"
-    for name, value in (attributes or {}).items():
+    for name, value in list((attributes or {}).items()):
         if value is held:
             return f"attribute {name!r}"
     return _how_by_descriptor(holder, held)
 
 
 def _how_dict(holder: Any, held: Any) -> str:
-    for key, value in dict.items(holder):
+    for key, value in list(dict.items(holder)):  # another thread may change it
         if value is held:
             return f"value of a key of type {_type_name(type(key))}"
         if key is held:
@@ -982,9 +985,9 @@ def _how_function(function: Any, held: Any) -> str:
 
 
 def _how_by_descriptor(holder: Any, held: Any) -> str:
-    for kind in type(holder).__mro__:
-        in_c = not kind.__flags__ & _HEAP or _is_of(kind.__module__, _STDLIB)
-        for name, descriptor in list(vars(kind).items()):
+    for kind in _mro_of(type(holder)):
+        in_c = not _flags_of(kind) & _HEAP or _is_of(_module_of(kind), _STDLIB)
+        for name, descriptor in list(_names_of(kind).items()):
             if name.startswith("__") and name not in _SPECIAL:
                 continue
             if type(descriptor) is MemberDescriptorType or (
@@ -1006,7 +1009,7 @@ def _marks(each: Any) -> Iterator[str]:
     kind = type(each)
     yield _type_name(kind)
     if kind is FrameType:
-        module = each.f_globals.get("__name__")
+        module = dict.get(each.f_globals, "__name__")
         yield f"{module}:{each.f_code.co_name}"
         if not _is_of(module, ("aiohttp", "asyncio")):
             yield _FRAME
@@ -1022,7 +1025,7 @@ def _marks(each: Any) -> Iterator[str]:
 
 def _is_application(each: Any) -> bool:
     # Not issubclass(): it is an abstract class, which remembers what it is asked.
-    return web.Application in type(each).__mro__
+    return any(kind is web.Application for kind in _mro_of(type(each)))
 
 
 def _start(objects: Sequence[Any]) -> Optional[int]:
@@ -1133,6 +1136,11 @@ def _advise(kind: str, leak: Optional[str], marks: Set[str]) -> str:
         )
     return _ADVICE[kind]
 
+
+# Whatever a metaclass says.
+_mro_of: Callable[[type], Tuple[type, ...]] = type.__dict__["__mro__"].__get__
+_flags_of: Callable[[type], int] = type.__dict__["__flags__"].__get__
+_names_of: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"].__get__
 
 _HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _STDLIB = ("_asyncio", "_contextvars", "_functools", "builtins", "collections")

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 from aiohttp import web
 
 from . import internals
 from .options import BreakEvent
 
-__all__ = ("UNMATCHED", "Counts", "Stats", "route_of", "type_name")
+__all__ = ("UNMATCHED", "Counts", "Stats", "module_of", "route_of", "type_name")
 
 UNMATCHED = "unmatched"  # the route of a request for which there is none
 _OTHER = "other"  # what there are too many of to name each
@@ -18,6 +18,9 @@ _OTHER = "other"  # what there are too many of to name each
 # may make a class for each request, and a resource that names itself after each.
 _MOST_NAMES = 200
 _MOST_PAIRS = 1000  # of a route and a type
+
+_MODULE: Callable[[type], Any] = type.__dict__["__module__"].__get__
+_NAME: Callable[[type], Any] = type.__dict__["__qualname__"].__get__
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,16 @@ def route_of(request: web.BaseRequest) -> Optional[str]:
     return canonical if isinstance(canonical, str) else None
 
 
+def module_of(kind: type) -> Optional[str]:
+    """The name of a class's module, whatever its metaclass says."""
+    try:
+        module = _MODULE(kind)
+    except AttributeError:  # it was deleted
+        return None
+    return module if type(module) is str else None
+
+
 def type_name(kind: type) -> str:
     """The name of a class with that of its module, whatever its metaclass says."""
-    module = getattr(kind, "__module__", None)
-    name = type.__dict__["__qualname__"].__get__(kind)
-    if not isinstance(module, str) or module == "builtins":
-        return str(name)
-    return f"{module}.{name}"
+    module, name = module_of(kind), str(_NAME(kind))
+    return name if module in (None, "builtins") else f"{module}.{name}"

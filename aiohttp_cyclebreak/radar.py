@@ -26,7 +26,7 @@ from aiohttp import web
 from . import internals
 from .complaints import complain, errors
 from .connections import kept_requests
-from .counts import UNMATCHED, Counts, Stats, route_of
+from .counts import UNMATCHED, Counts, Stats, route_of, type_name
 from .holders import Watching
 from .options import switched_off
 
@@ -313,7 +313,11 @@ class Watch:
         )
         self._explained[chosen.route] = self._explained.get(chosen.route, 0) + 1
         text += f"\nOne of {chosen.route} is "
-        text += await self._explain(chosen.requests[0])
+        try:
+            text += await self._explain(chosen.requests[0])
+        except Exception as exc:  # of the application's own objects, say
+            # Its traceback and its message may show values.
+            text += f"held, but the chain could not be told: {type_name(type(exc))}"
         logger.warning("%s", text)
 
     def _numbers(self, now: float) -> str:

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import weakref
-from types import SimpleNamespace
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set
 
 import pytest
@@ -33,6 +33,7 @@ class Target:
     """What is looked for."""
 
     link: Any = None
+    other: Any = None
 
 
 @pytest.fixture(autouse=True)
@@ -430,6 +431,90 @@ def test_a_holder_that_the_collector_does_not_show() -> None:
     assert chain.kind == "live"
     assert chain.links[0].type.startswith("something in C")
     assert chain.links[1].type == "functools.partial"
+
+
+class Meta(type):
+    """Of classes that tell nothing about themselves."""
+
+    def fail(cls) -> Any:
+        raise RuntimeError(SECRET)
+
+    __module__ = __mro__ = __flags__ = property(fail)  # type: ignore[assignment]
+
+
+class Fights(metaclass=Meta):
+    """Nor do its objects, and it can be called."""
+
+    __dict__: Any = property(Meta.fail)
+    __slots__ = ("held",)
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(SECRET)
+
+    def __call__(self, *given: Any) -> None:
+        pass
+
+
+class Lazy(ModuleType):
+    """It would load whatever it stands for."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(SECRET)
+
+
+class Loop(asyncio.AbstractEventLoop):
+    """What only looks like one."""
+
+    is_closed = Meta.fail
+
+
+def test_holders_that_fight_back() -> None:
+    """What they are is read past their own code."""
+    fights: Any = Fights()
+    for holder in (fights, MethodType(fights, fights), Lazy("lazy"), Loop()):
+        target = Target()
+        if type(holder) is MethodType:
+            holder = MethodType(fights, target)
+        else:
+            object.__setattr__(holder, "held", target)
+        KEPT.append(holder)
+        chain = found(target)
+        assert chain.kind == "permanent"
+        assert SECRET not in str(chain)
+        KEPT.clear()
+
+
+def test_what_is_changed_while_it_is_told() -> None:
+    """As another thread might; here by a trace function."""
+
+    def change(frame: Any, event: str, argument: Any) -> Any:
+        if frame.f_globals["__name__"] != shortest_chain.__module__:
+            return None
+        if frame.f_code.co_name in ("_key", "_how", "_how_dict"):
+            for each in (vars(owner), cache, globals()):
+                each[f"new_{len(each)}"] = None
+        return change
+
+    target, owner = Target(), Target()
+    cache: Any = dict.fromkeys(range(10))
+    before = set(globals())
+    owner.other, owner.link = None, target
+    cache["owner"] = owner
+    KEPT.append(cache)
+    sys.settrace(change)
+    try:
+        chain = found(target)
+    finally:
+        sys.settrace(None)
+        for each in set(globals()) - before:
+            del globals()[each]
+    assert chain.kind == "permanent"
+    assert [link.holds for link in chain.links[:-1]] == [
+        "global 'KEPT'",
+        "index 0",
+        "value of a key of type str",
+        "attribute 'link'",
+    ]
 
 
 def test_applications_come_first() -> None:

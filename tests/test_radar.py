@@ -18,6 +18,7 @@ from aiohttp_cyclebreak import (
     BreakEvent,
     Radar,
     Stats,
+    chains,
     connections,
     radar,
     setup,
@@ -536,6 +537,33 @@ def test_a_search_that_would_take_too_long_is_not_made(
     assert len(messages) == 1
     assert said in messages[0]
     assert "/in_a_list/{secret}: 1, " in messages[0]
+
+
+def test_a_search_that_fails_takes_no_report_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor does the report say more of the error than its type."""
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError(SECRET)
+
+    monkeypatch.setattr(chains.Looking, "step", fail)
+
+    async def main() -> None:
+        leaks = Leaks()
+        app = application(leaks.in_a_list)
+        async with serve(app) as service:
+            await service.ask("/in_a_list/x")
+            await closed(service)
+            await look(app)
+            found = await look(app, 31.0)
+            assert found.reports == 1
+
+    with logged() as messages:
+        run(main())
+    assert len(messages) == 1
+    assert "/in_a_list/{secret}: 1, " in messages[0]
+    assert messages[0].endswith("but the chain could not be told: RuntimeError")
 
 
 def test_what_a_search_comes_across_is_bounded(
