@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from itertools import compress, islice
 from types import (
     AsyncGeneratorType,
     CellType,
@@ -372,6 +373,7 @@ class _Search:
     def give_up(self) -> None:
         """Look no further; what is not known by now is unknown."""
         self._late = True
+        self._spread()
 
     def _look_at_tasks(self, start: int, end: int) -> None:
         for position, task in enumerate(self._tasks[start:end], start):
@@ -424,13 +426,20 @@ class _Search:
         }
         self._ignored.add(id(holders))
         asked = tuple([self._objects[each] for each in frontier])
-        for holder in gc.get_referrers(*asked):
+        for holder in self._some(gc.get_referrers(*asked)):
             if holder is not asked:
                 holders[id(holder)] = holder
-        if len(holders) > self._most:  # each takes its time; those that end it first
-            ordered = sorted(holders.values(), key=lambda each: type(each) is not dict)
-            return self._note(ordered[: self._most], frontier)
         return self._note(holders.values(), frontier)
+
+    def _some(self, holders: List[Any]) -> List[Any]:
+        """Those of many that end the search, and as many others as may be met."""
+        if len(holders) <= self._most:
+            return holders
+        # Each would take its time in Python.
+        roots = self._modules.keys() | self._frames.keys() | self._running
+        are_roots = map(roots.__contains__, map(id, holders))
+        first = islice(compress(holders, are_roots), self._most)
+        return [*first, *islice(holders, self._most)]
 
     def _note(self, holders: Iterable[Any], frontier: Iterable[int]) -> List[int]:
         """Note who holds what; give those that are new."""

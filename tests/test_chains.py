@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 
 from aiohttp_cyclebreak import probe
-from aiohttp_cyclebreak.chains import Chain, chains, shortest_chain
+from aiohttp_cyclebreak.chains import Chain, Looking, chains, shortest_chain
 from aiohttp_cyclebreak.leaks import CATALOGUE, Kind, Leak
 from aiohttp_cyclebreak.probe import Floor, measure
 from aiohttp_cyclebreak.sever import COUNTS_ARE_EXACT
@@ -548,6 +548,39 @@ def test_out_of_time() -> None:
     chain = found(target, budget=0.0)
     assert chain.kind == "unknown"
     assert chain.links[-1].type == f"{__name__}.Target"
+
+
+def test_a_popular_holder() -> None:
+    """Of those that hold it too, only some are looked at, and all that end it."""
+    many, most = 10_000, 50
+    lines: List[int] = []
+
+    def count(frame: Any, event: str, argument: Any) -> Any:
+        lines[-1] += event == "line"
+        return count
+
+    KEPT.append([Target()])
+    KEPT.append([(KEPT, number) for number in range(many)])
+    looking = Looking(KEPT[0][0], most=most)
+    sys.settrace(count)
+    try:
+        while len(looking._search._objects) <= most:
+            lines.append(0)
+            assert looking.step()
+    finally:
+        sys.settrace(None)
+    looking.give_up()
+    chain = looking.chain()
+    looking.end()
+    assert chain is not None
+    assert chain.kind == "permanent"
+    assert [link.type for link in chain.links] == [
+        f"module {__name__}",
+        "list",
+        "list",
+        f"{__name__}.Target",
+    ]
+    assert max(lines) < many
 
 
 def test_frozen() -> None:
