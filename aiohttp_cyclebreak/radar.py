@@ -18,6 +18,7 @@ from typing import (
     Iterator,
     List,
     Optional,
+    Set,
 )
 from weakref import WeakKeyDictionary, ref
 
@@ -229,10 +230,14 @@ class Watch:
                 yield
         self._many = max(_MANY, 2 * len(unsettled))
         looked_at = 0
+        kept: Optional[Set[int]] = None  # by many connections, perhaps
         for cohort in list(self._cohorts):
             cohort.requests = [each for each in cohort.requests if each() is not None]
             if not cohort.overdue and now - cohort.since >= self.radar.max_age:
-                self._find_overdue(cohort)
+                if kept is None:
+                    kept = kept_requests()
+                    yield
+                self._find_overdue(cohort, kept)
             looked_at += 1 + len(cohort.requests)
             if looked_at > 10 * _SLICE:  # which takes as long
                 looked_at = 0
@@ -255,9 +260,8 @@ class Watch:
             self._cohorts.append(cohort)
         cohort.requests.append(reference)
 
-    def _find_overdue(self, cohort: _Cohort) -> None:
+    def _find_overdue(self, cohort: _Cohort, kept: Set[int]) -> None:
         cohort.overdue = True
-        kept = kept_requests()
         if kept:
             for each in cohort.requests:
                 if id(each()) in kept:

@@ -9,7 +9,7 @@ import math
 import sys
 import threading
 import time
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Set
 
 import pytest
 from aiohttp import web
@@ -474,6 +474,34 @@ def test_a_request_whose_exception_another_one_has_is_not_reported() -> None:
     with logged() as messages:
         run(main())
     assert messages == []
+
+
+def test_connections_are_asked_once_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they keep, and only where something is overdue."""
+    asked = 0
+
+    def ask() -> Set[int]:
+        nonlocal asked
+        asked += 1
+        return connections.kept_requests()
+
+    monkeypatch.setattr(radar, "kept_requests", ask)
+
+    async def main() -> None:
+        leaks = Leaks()
+        app = application(leaks.in_a_list, leaks.closure, leaks.in_a_task)
+        async with serve(app) as service:
+            for name in ("in_a_list", "closure", "in_a_task"):
+                await service.ask(f"/{name}/x")
+            await closed(service)
+            for later, times in ((0.0, 0), (31.0, 1), (62.0, 1)):
+                await look(app, later)
+                assert asked == times
+            assert len(stats(app).overdue) == 3
+            await leaks.let_go()
+
+    with logged():
+        run(main())
 
 
 def test_a_request_is_reported_once() -> None:
