@@ -702,10 +702,10 @@ class _Search:
             if following:
                 holds = _how(each, following[0])
                 if _is_dict_of(following[0], each) and objects[position + 2 :]:
-                    holds = _key(following[0], objects[position + 2], "attribute")
+                    holds = _attribute(each, objects[position + 2])
             what, file, line = _what(each, self._modules)
             if id(each) in self._modules:
-                holds = _key(each, following[0], "global") if following else ""
+                holds = _global(each, following[0]) if following else ""
             links.append(Link(what, holds, file, line))
         return tuple(links)
 
@@ -864,11 +864,70 @@ def _is_dict_of(each: Any, owner: Any) -> bool:
     return _dict_of(owner) is each
 
 
-def _key(namespace: Dict[Any, Any], held: Any, name: str) -> str:
-    for key, value in list(dict.items(namespace)):
-        if value is held and type(key) is str:
-            return f"{name} {key!r}"
-    return name
+def _key(namespace: Optional[Dict[Any, Any]], held: Any) -> Any:
+    for key, value in list(dict.items(namespace or {})):
+        if value is held:
+            return key
+    return None
+
+
+# A name is shown if code has it.  Any other may be a value, such as one that a client
+# has sent and setattr() was given.
+
+
+def _attribute(owner: Any, held: Any) -> str:
+    name = _key(_dict_of(owner), held)
+    if type(name) is str:
+        for kind in _mro_of(type(owner)):
+            namespace, module = _namespace_of(kind), _module_of(kind)
+            annotations = namespace.get("__annotations__")
+            if (
+                (type(annotations) is dict and name in annotations)
+                or name in _names_in(namespace.values(), module)
+                or name in _names_in_module(module)
+            ):
+                return f"attribute {name!r}"
+    return "an attribute"
+
+
+def _global(namespace: Dict[str, Any], held: Any) -> str:
+    name = _key(namespace, held)
+    module = dict.get(namespace, "__name__")
+    if type(name) is str and name in _names_in(namespace.values(), module):
+        return f"global {name!r}"
+    return "a global"
+
+
+def _names_in_module(name: Optional[str]) -> Set[str]:
+    module = sys.modules.get(name or "")
+    return (
+        _names_in(vars(module).values(), name) if type(module) is ModuleType else set()
+    )
+
+
+def _names_in(values: Iterable[Any], module: object) -> Set[str]:
+    """The names that are used by functions, and by those of a module's classes."""
+    names: Set[str] = set()
+    seen: Set[int] = set()
+    walk = list(values)
+    for each in walk:
+        kind = type(each)
+        if kind is CodeType:
+            names.update(each.co_names)
+            walk += each.co_consts
+        elif id(each) in seen:
+            continue
+        elif kind is FunctionType:
+            seen.add(id(each))
+            walk += (each.__code__, each.__dict__.get("__wrapped__"))
+        elif kind in (classmethod, staticmethod):
+            walk.append(each.__func__)
+        elif kind is property:
+            walk += (each.fget, each.fset)
+        elif issubclass(kind, type) and _module_of(each) == module:
+            seen.add(id(each))
+            walk += _namespace_of(each).values()
+    return names
 
 
 def _what(
@@ -935,9 +994,8 @@ def _how(holder: Any, held: Any) -> str:
     attributes = _dict_of(holder)
     if attributes is held:
         return "attributes"
-    for name, value in list((attributes or {}).items()):
-        if value is held:
-            return f"attribute {name!r}"
+    if _key(attributes, held) is not None:
+        return _attribute(holder, held)
     return _how_by_descriptor(holder, held)
 
 
@@ -996,7 +1054,7 @@ def _how_function(function: Any, held: Any) -> str:
 def _how_by_descriptor(holder: Any, held: Any) -> str:
     for kind in _mro_of(type(holder)):
         in_c = not _flags_of(kind) & _HEAP or _is_of(_module_of(kind), _STDLIB)
-        for name, descriptor in list(_names_of(kind).items()):
+        for name, descriptor in list(_namespace_of(kind).items()):
             if name.startswith("__") and name not in _SPECIAL:
                 continue
             if type(descriptor) is MemberDescriptorType or (
@@ -1149,7 +1207,7 @@ def _advise(kind: str, leak: Optional[str], marks: Set[str]) -> str:
 # Whatever a metaclass says.
 _mro_of: Callable[[type], Tuple[type, ...]] = type.__dict__["__mro__"].__get__
 _flags_of: Callable[[type], int] = type.__dict__["__flags__"].__get__
-_names_of: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"].__get__
+_namespace_of: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"].__get__
 
 _HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _STDLIB = ("_asyncio", "_contextvars", "_functools", "builtins", "collections")

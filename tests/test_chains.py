@@ -108,6 +108,65 @@ def test_attributes_slots_and_closures_have_names() -> None:
     assert "keywords" in holds
 
 
+TOKEN = "token_of_a_client"
+
+
+def test_names_that_no_code_has_are_not_shown() -> None:
+    """They may be what a client has sent."""
+    for holder in (Target(), SimpleNamespace(), Annotated()):
+        target = Target()
+        setattr(holder, TOKEN, target)
+        KEPT.append(holder)
+        chain = found(target)
+        assert chain.links[-2].holds == "an attribute"
+        assert TOKEN not in str(chain)
+        KEPT.clear()
+    target = Target()
+    globals()[TOKEN] = target
+    try:
+        chain = found(target)
+    finally:
+        del globals()[TOKEN]
+    assert chain.links[0].holds == "a global"
+    assert TOKEN not in str(chain)
+
+
+class Annotated:
+    """Its attributes are named by code of some kinds."""
+
+    annotated: Any
+
+    def method(self) -> Any:
+        return [each.in_a_lambda for each in [self] if (lambda: self.in_another)()]
+
+    def wrapped(self) -> Any:
+        return self.in_a_wrapped
+
+    wrapped = functools.wraps(wrapped)(lambda self: None)
+    of_property = property(lambda self: self.in_a_property)
+    of_class = classmethod(lambda cls: cls.in_a_class_method)  # type: ignore[var-annotated]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "annotated",
+        "in_a_lambda",
+        "in_another",
+        "in_a_wrapped",
+        "in_a_property",
+        "in_a_class_method",
+        "link",  # another class of the module has it
+    ],
+)
+def test_names_that_code_has_are_shown(name: str) -> None:
+    """Of the class itself or of its module."""
+    holder, target = Annotated(), Target()
+    setattr(holder, name, target)
+    KEPT.append(holder)
+    assert found(target).links[-2].holds == f"attribute {name!r}"
+
+
 def test_the_shortest_of_two() -> None:
     """A longer way is not told."""
     target = Target()
