@@ -1,11 +1,11 @@
 """How does Prometheus get the numbers? ``export()``; needs ``prometheus_client``."""
 
 from dataclasses import replace
-from typing import Set
+from typing import List, Set, Tuple, Union
 from weakref import WeakKeyDictionary
 
 from aiohttp import web
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, values
 
 from .counts import Stats
 from .radar import Watch, find_watch
@@ -23,25 +23,33 @@ def export(app: web.Application, *, registry: CollectorRegistry = REGISTRY) -> N
     radar=Radar())``, then ``export(app)``, and whatever serves the registry.
 
     These are the client's own counters and gauges, not a collector, and so they work
-    in its multiprocess mode too, where the gauges are of the processes that live.
+    in its multiprocess mode too, where the gauges are of the processes that live, and
+    where all that is exported is added up, in whichever registry.
 
     Args:
         app: an application, for which ``setup(app, radar=Radar())`` was called.
         registry: where to register the metrics.
 
     Raises:
-        TypeError: *app* is no application.
+        TypeError: *app* is no application, or *registry* no registry.
         LookupError: the application is not watched by a radar.
+        ValueError: the registry has another metric of such a name; none was registered.
 
     See `the client's documentation
     <https://prometheus.github.io/client_python/multiprocess/>`_ of that mode.
 
     .. versionadded:: 0.1.0
     """
+    if not isinstance(registry, CollectorRegistry):
+        raise TypeError(f"registry must be a CollectorRegistry, not {registry!r}")
     watch = find_watch(app)
     metrics = _exported.get(registry)
     if metrics is None:
-        metrics = _exported[registry] = _Metrics(registry)
+        metrics = _of_process[0] if _of_process else _Metrics()
+        metrics.register(registry)
+        _exported[registry] = metrics
+        if getattr(values.ValueClass, "_multiprocess", False):
+            _of_process[:] = [metrics]
     if watch is not None and metrics.show not in watch.told:
         watch.told.append(metrics.show)
         watch.left.append(metrics.forget)
@@ -50,62 +58,85 @@ def export(app: web.Application, *, registry: CollectorRegistry = REGISTRY) -> N
 class _Metrics:
     """The metrics in one registry, and what each application has added to them."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self) -> None:
         self.alive = Gauge(
             _PREFIX + "requests_alive",
             "Guarded requests that are alive, those being served included.",
             multiprocess_mode="livesum",
-            registry=registry,
+            registry=None,
         )
         self.outlived = Gauge(
             _PREFIX + "requests_outlived",
             "Guarded requests that are alive after their response.",
             multiprocess_mode="livesum",
-            registry=registry,
+            registry=None,
         )
         self.overdue = Gauge(
             _PREFIX + "requests_overdue",
             "Guarded requests that are alive longer than max_age after their response.",
             ["route"],
             multiprocess_mode="livesum",
-            registry=registry,
+            registry=None,
         )
         self.oldest = Gauge(
             _PREFIX + "oldest_overdue_request_age_seconds",
             "How long ago the response of the oldest overdue request was.",
             ["route"],
             multiprocess_mode="livemax",
-            registry=registry,
+            registry=None,
         )
         self.severed = Counter(
             _PREFIX + "severed",
             "Exceptions that requests have met and that were severed.",
             ["route", "exception"],
-            registry=registry,
+            registry=None,
         )
         self.exceptions = Counter(
             _PREFIX + "exceptions_cut",
             "Exceptions that were severed, causes and contexts included.",
-            registry=registry,
+            registry=None,
         )
         self.frames = Counter(
             _PREFIX + "frames_cut",
             "Frames that were cleared of their locals.",
-            registry=registry,
+            registry=None,
         )
         self.reports = Counter(
             _PREFIX + "reports",
             "Reports of the radar.",
-            registry=registry,
+            registry=None,
         )
         self.errors = Counter(
             _PREFIX + "errors",
             "Failures of aiohttp-cyclebreak itself, or in a callback given to it.",
-            registry=registry,
+            registry=None,
+        )
+        self._all: Tuple[Union[Gauge, Counter], ...] = (
+            self.alive,
+            self.outlived,
+            self.overdue,
+            self.oldest,
+            self.severed,
+            self.exceptions,
+            self.frames,
+            self.reports,
+            self.errors,
         )
         self._errors = 0  # they are of the process
         self._routes: Set[str] = set()
         self._parts: WeakKeyDictionary[Watch, Stats] = WeakKeyDictionary()
+
+    def register(self, registry: CollectorRegistry) -> None:
+        """Register all of them, or none."""
+        registered: List[Union[Gauge, Counter]] = []
+        try:
+            for each in self._all:
+                registry.register(each)
+                registered.append(each)
+        except ValueError:
+            for each in registered:
+                registry.unregister(each)
+            raise
 
     def show(self, app: Watch, found: Stats) -> None:
         """Show what has changed for one application."""
@@ -145,3 +176,5 @@ class _Metrics:
 
 
 _exported: "WeakKeyDictionary[CollectorRegistry, _Metrics]" = WeakKeyDictionary()
+# In multiprocess mode: a value is in one file there, whichever registry it is in.
+_of_process: List[_Metrics] = []

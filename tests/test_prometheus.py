@@ -2,15 +2,20 @@
 
 import asyncio
 import contextlib
+import os
+import pathlib
+import subprocess
+import sys
 import time
 from typing import Any, AsyncIterator, Dict, List
 
 import pytest
 from aiohttp import web
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
-from aiohttp_cyclebreak import Radar, setup
+from aiohttp_cyclebreak import Radar, Stats, setup
 from aiohttp_cyclebreak.prometheus import export
 from aiohttp_cyclebreak.radar import Watch, watch_of
 
@@ -19,11 +24,11 @@ from .service import Service, run, serve, spin
 BAD_REQUEST = "aiohttp.web_exceptions.HTTPBadRequest"
 
 
-def scrape(registry: CollectorRegistry) -> Dict[str, float]:
+def scrape(registry: CollectorRegistry, documented: bool = True) -> Dict[str, float]:
     """The samples of a registry, by name and labels."""
     found = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
-        assert family.documentation.endswith(".")
+        assert family.documentation.endswith(".") or not documented
         for sample in family.samples:
             labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
             name = sample.name.replace("aiohttp_cyclebreak_", "")
@@ -170,3 +175,92 @@ def test_wrong_use() -> None:
         export(None, registry=registry)  # type: ignore[arg-type]
     with pytest.raises(LookupError, match=r"call setup\(app, radar=Radar\(\)\)"):
         export(web.Application(), registry=registry)
+    app = web.Application()
+    setup(app, radar=Radar())
+    for wrong in (None, "x"):
+        with pytest.raises(TypeError, match="registry must be a CollectorRegistry"):
+            export(app, registry=wrong)  # type: ignore[arg-type]
+
+
+def test_a_name_that_is_taken() -> None:
+    """Then nothing is registered, and it can be done again."""
+    registry = CollectorRegistry()
+    taken = Gauge("aiohttp_cyclebreak_frames_cut_total", "Another.", registry=registry)
+    app = web.Application()
+    setup(app, radar=Radar())
+    with pytest.raises(ValueError, match="aiohttp_cyclebreak_frames_cut"):
+        export(app, registry=registry)
+    assert list(scrape(registry)) == ["frames_cut_total{}"]
+    registry.unregister(taken)
+    export(app, registry=registry)
+    assert scrape(registry) == NOTHING
+
+
+def found_by(number: int) -> Stats:
+    return Stats(
+        alive=number,
+        outlived=number,
+        overdue={"/x": number},
+        oldest={"/x": 10.0 * number},
+        severed={("/x", "ValueError"): number},
+        exceptions=number,
+        frames=number,
+        reports=number,
+        errors=number,
+    )
+
+
+def shown(total: int, oldest: float) -> Dict[str, float]:
+    return {
+        **dict.fromkeys(NOTHING, float(total)),
+        "requests_overdue{route=/x}": total,
+        "severed_total{exception=ValueError,route=/x}": total,
+        "oldest_overdue_request_age_seconds{route=/x}": oldest,
+    }
+
+
+def tell(app: web.Application, number: int) -> None:
+    watch = watch_of(app)
+    assert watch is not None
+    for each in watch.told:
+        each(watch, found_by(number))
+
+
+def test_what_was_counted_is_not_counted_again() -> None:
+    """However often the radar looks."""
+    registry = CollectorRegistry()
+    app = web.Application()
+    setup(app, radar=Radar())
+    export(app, registry=registry)
+    for number in (2, 2, 5, 5):
+        tell(app, number)
+        assert scrape(registry) == shown(number, 10.0 * number)
+
+
+def write_as_a_worker(number: int) -> None:
+    """In a process of its own, which the client has looked for at its import."""
+    app = web.Application()
+    setup(app, radar=Radar())
+    for _ in range(3):
+        export(app, registry=CollectorRegistry())
+    export(app)
+    for _ in range(2):
+        tell(app, number)
+
+
+def test_workers_are_added_up(tmp_path: pathlib.Path) -> None:
+    """And what one has exported to several registries is counted once."""
+    for number in (3, 2):
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                f"from {__name__} import write_as_a_worker as w; w({number})",
+            ],
+            check=True,
+            cwd=pathlib.Path(__file__).parent.parent,
+            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+        )
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))  # type: ignore[no-untyped-call]
+    assert scrape(registry, documented=False) == shown(5, 30.0)
