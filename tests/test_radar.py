@@ -15,6 +15,7 @@ import pytest
 from aiohttp import web
 
 from aiohttp_cyclebreak import (
+    BodyReleasedError,
     BreakEvent,
     Radar,
     Stats,
@@ -760,6 +761,92 @@ def test_what_is_severed_is_counted(held: bool) -> None:
     assert found.exceptions == 5
     assert found.frames > 0
     assert found.errors == 0
+
+
+def test_the_other_options_hold_beside_a_radar() -> None:
+    """What is kept is whole, of the rest the tracebacks go, and bodies go too."""
+
+    class Kept(web.HTTPBadRequest):
+        pass
+
+    async def main() -> None:
+        errors: Dict[str, BaseException] = {}
+
+        async def fails(request: web.Request) -> web.Response:
+            HELD.append(request)
+            error = Kept() if request.path == "/kept" else web.HTTPBadRequest()
+            errors[request.path] = error
+            raise error
+
+        app = web.Application()
+        app.router.add_post("/kept", fails)
+        app.router.add_post("/cut", fails)
+        setup(
+            app,
+            radar=BY_HAND,
+            keep=lambda request, exc: isinstance(exc, Kept),
+            clear_frames=False,
+            release_body=True,
+        )
+        async with serve(app) as service:
+            for path in ("/kept", "/cut"):
+                client = await service.connect()
+                await client.post(path, b"body")
+                assert (await client.answer())[0] == 400
+                client.close()
+            await closed(service)
+            for request in HELD:
+                with pytest.raises(BodyReleasedError):
+                    await request.read()
+            assert errors["/kept"].__traceback__ is not None
+            assert errors["/cut"].__traceback__ is None
+            assert stats(app).exceptions == 1
+            errors.clear()
+
+    run(main())
+
+
+def test_it_looks_once_an_interval() -> None:
+    """However much the application does meanwhile."""
+
+    async def main() -> None:
+        app = application(answer, options=Radar(interval=1e6))
+        looks: List[Stats] = []
+        watching(app).told.append(lambda _, found: looks.append(found))
+        async with serve(app) as service:
+            for _ in range(3):
+                await service.ask("/answer/x")
+            await closed(service)
+            assert len(looks) == 1
+
+    run(main())
+
+
+def test_a_look_at_many_requests_goes_on_in_slices() -> None:
+    """Between which others have their turn."""
+
+    async def main() -> None:
+        async def clones(request: web.Request) -> web.Response:
+            HELD.extend(request.clone() for _ in range(5000))
+            return web.Response(text="ok")
+
+        app = application(clones)
+        async with serve(app) as service:
+            await service.ask("/clones/x")
+            await closed(service)
+        for each in HELD:
+            watching(app).add(each)
+        for later in (0.0, 1.0):
+            looking = asyncio.ensure_future(look(app, later))
+            turns = 0
+            while not looking.done():
+                turns += 1
+                await asyncio.sleep(0)
+            assert (await looking).outlived == 5000
+            # The second time each is only asked whether it is alive.
+            assert turns >= (2 if later else 10)
+
+    run(main())
 
 
 def test_stats_do_not_change() -> None:
