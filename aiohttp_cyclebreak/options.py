@@ -127,7 +127,7 @@ def _check_arguments(
     # It would fail for every request, and a keep= that fails keeps.
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of a function in C, say
+    except Exception:  # of a function in C, or an object that says nothing
         return
     try:
         signature.bind(*arguments)
