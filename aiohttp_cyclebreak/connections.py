@@ -20,6 +20,7 @@ from .complaints import complain
 from .holders import leave, pending, somebody_has, sort_out
 from .internals import HANDLE_REQUEST, has_gone_on
 from .sever import (
+    Emptied,
     empty_with_callers,
     frames_of,
     goes_by_itself,
@@ -89,6 +90,7 @@ class Connection:
         "put_off",
         "raised_by",
         "asked",
+        "emptied",
         "reference",
         "task",
         "__weakref__",
@@ -114,6 +116,9 @@ class Connection:
         self.raised_by: Optional[web.BaseRequest] = None
         # The request whose task is asked in the end, until then.
         self.asked: Optional[web.BaseRequest] = None
+        # By those requests whose tasks are done while others are followed: they may be
+        # clones of one, below one handler.
+        self.emptied: Optional[Emptied] = None
         self.task = ref(task)
         self.reference = ref(self, partial(_forget_connection, self.key))
 
@@ -243,7 +248,8 @@ class Connection:
 
     def done(self, task: "asyncio.Future[Any]") -> None:
         try:
-            empty_with_callers(self.frame, {})
+            if self.frame is not None:
+                empty_with_callers(self.frame)
             self.sever_put_off(None)
             self.release_unread()
             if self.later:
@@ -257,7 +263,7 @@ class Connection:
         finally:
             self.take_back()
             _remove_connection(self.key)
-            self.coroutine = self.frame = self.asked = None
+            self.coroutine = self.frame = self.asked = self.emptied = None
             self.errors = []
             self.unread = None
             self.later = {}

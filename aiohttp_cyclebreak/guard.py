@@ -44,6 +44,7 @@ from .options import BodyReleasedError, BreakEvent, Options
 from .sever import (
     COUNTS_ARE_EXACT,
     Cut,
+    Emptied,
     detach,
     empty,
     empty_with_callers,
@@ -96,6 +97,7 @@ class _Request(Holder):
         "calls",
         "callers",
         "looks",
+        "many",
         "kept",
     )
 
@@ -111,6 +113,7 @@ class _Request(Holder):
         self.calls: List[Serving] = []
         self.callers: Dict[int, ref[asyncio.Task[Any]]] = {}  # whose calls failed
         self.looks = False
+        self.many = MOST
         self.kept = False
 
     def add_options(self, options: Options) -> None:
@@ -130,7 +133,7 @@ class _Request(Holder):
     def note_call(self, exc: BaseException, task: "asyncio.Task[Any]") -> None:
         self.note(exc)
         self.callers[id(task)] = ref(task)
-        if len(self.exceptions) >= MOST and not self.looks:
+        if len(self.exceptions) >= self.many and not self.looks:
             self.looks = True
             task.get_loop().call_soon(self.sever_older_ones)
 
@@ -142,13 +145,18 @@ class _Request(Holder):
                 return  # it has ended
             self.callers[id(own)] = ref(own)
             alive = [found() for found in self.callers.values()]
-            tasks = [task for task in alive if task is not None and not task.done()]
+            tasks = [task for task in alive if task is not None]
             self.callers = {id(task): ref(task) for task in tasks}
-            in_use = look_into(tasks)
-            older = self.exceptions[: -MOST // 2]
+            in_use = look_into(tasks, lists=True)
+            older = [
+                exc
+                for exc in self.exceptions[: -MOST // 2]
+                if id(exc) not in in_use.exceptions
+            ]
             self._take_out(older)
+            self.many = max(MOST, 2 * len(self.exceptions))
             if not self.kept:
-                self._sever(older, in_use)
+                self._sever(older, Emptied(), in_use)
         except Exception:
             complain("severing a request that goes on")
 
@@ -173,7 +181,7 @@ class _Request(Holder):
             if not self.kept:
                 dropped = self._drop(task)
                 if self.exceptions and not dropped:
-                    self._sever(self.exceptions)
+                    self._sever(self.exceptions, _emptied_by(connection))
                 self._release(task)
                 if connection is not None and (
                     dropped or internals.has_read_body(self.request)
@@ -185,6 +193,8 @@ class _Request(Holder):
             self._let_go()
             # The traceback of an exception that is left alone may lead here.
             self.exceptions = []
+            if self.connection is not None and not self.connection.following:
+                self.connection.emptied = None
             self.connection = None
 
     def _drop(self, task: "asyncio.Future[Any]") -> bool:
@@ -220,18 +230,22 @@ class _Request(Holder):
             frames = sum(1 for _ in frames_of(exc))
             self._tell(exc, Cut(exceptions=1, tracebacks=frames, frames=frames))
         if exc is response:  # who else has it may stand in for one of those counted
-            empty_with_callers(next(frames_of(exc)), {})
+            empty_with_callers(next(frames_of(exc)))
         else:
             detach(exc)
         return True
 
     def _sever(
-        self, roots: List[BaseException], in_use: "Optional[InUse]" = None
+        self,
+        roots: List[BaseException],
+        emptied: Emptied,
+        in_use: "Optional[InUse]" = None,
     ) -> None:
         """Sever what nobody needs any more; leave the rest to who has it in hand.
 
         Args:
             roots: what this request has noted.
+            emptied: as for :func:`sever`.
             in_use: what its own tasks need; None: they are done.
         """
         sorted_out = sort_out(roots, in_use, self._is_kept)
@@ -242,7 +256,12 @@ class _Request(Holder):
             self.connection.keep_for_later(sorted_out.in_flight, self._clears_frames)
         for root, own in sorted_out.ready:
             own += _release_websockets(self.request, own)
-            cut = sever(own, clear_frames=self._clears_frames, spare=sorted_out.spare)
+            cut = sever(
+                own,
+                clear_frames=self._clears_frames,
+                spare=sorted_out.spare,
+                emptied=emptied,
+            )
             self._tell(root, cut)
 
     @property
@@ -297,6 +316,15 @@ class _Request(Holder):
         else:
             late = BodyReleasedError if self.releases_body else web.PayloadAccessError
             _release_payload(request, self.connection, late)
+
+
+def _emptied_by(connection: "Optional[Connection]") -> Emptied:
+    """What the requests have emptied that end with this one: clones of it, say."""
+    if connection is None:
+        return Emptied()
+    if connection.emptied is None:
+        connection.emptied = Emptied()
+    return connection.emptied
 
 
 class _Asked:

@@ -22,9 +22,11 @@ from weakref import WeakKeyDictionary, ref
 
 from aiohttp import web
 
+from . import internals
 from .complaints import complain
 from .sever import (
     awaiting_frames,
+    exceptions_in,
     frames_of,
     graph,
     handled_by,
@@ -146,13 +148,23 @@ class InUse:
         self.exceptions: Dict[int, BaseException] = {}
 
 
-def look_into(tasks: "Iterable[asyncio.Task[Any]]") -> InUse:
-    """Look, from a callback of the event loop, at what its tasks need."""
+def look_into(tasks: "Iterable[asyncio.Task[Any]]", lists: bool = False) -> InUse:
+    """Look, from a callback of the event loop, at what its tasks need.
+
+    Args:
+        tasks: those; one that is done has its outcome, which who has the task may ask
+            for.
+        lists: whether exceptions in lists count too, as ``gather()`` gives them.
+    """
     in_use = InUse()
     for task in tasks:
-        coroutine = task.get_coro()
-        in_use.frames |= awaiting_frames(coroutine)
-        for exc in handled_by(coroutine):
+        if task.done():
+            found = exceptions_in([internals.outcome_of(task)], lists)
+        else:
+            coroutine = task.get_coro()
+            in_use.frames |= awaiting_frames(coroutine)
+            found = handled_by(coroutine, lists)
+        for exc in found:
             in_use.exceptions.update((id(below), below) for below in graph(exc))
     return in_use
 

@@ -40,10 +40,12 @@ from typing import (
 __all__ = (
     "COUNTS_ARE_EXACT",
     "Cut",
+    "Emptied",
     "awaiting_frames",
     "detach",
     "empty",
     "empty_with_callers",
+    "exceptions_in",
     "frames_of",
     "goes_by_itself",
     "graph",
@@ -335,8 +337,13 @@ _AWAITED = {
 }
 
 
-def handled_by(coroutine: Any) -> List[BaseException]:
-    """What a suspended task handles, or has in its locals, however deep it awaits."""
+def handled_by(coroutine: Any, lists: bool = False) -> List[BaseException]:
+    """What a suspended task handles, or has in its locals, however deep it awaits.
+
+    Args:
+        coroutine: that of the task.
+        lists: whether those in lists count too.
+    """
     found: List[BaseException] = []
     seen: Set[int] = set()
     todo = [coroutine]
@@ -349,11 +356,19 @@ def handled_by(coroutine: Any) -> List[BaseException]:
         frame = getattr(each, "cr_frame", None) or getattr(each, "ag_frame", None)
         if frame is not None and sys.version_info < (3, 11):
             referents += gc.get_referents(frame)  # then it holds the locals itself
-        for value in referents:
-            if is_exception(value):
-                found.append(value)
-            elif type(value).__name__ in _AWAITED:
-                todo.append(value)
+        found += exceptions_in(referents, lists)
+        todo += [value for value in referents if type(value).__name__ in _AWAITED]
+    return found
+
+
+def exceptions_in(values: Iterable[Any], lists: bool) -> List[BaseException]:
+    """The exceptions among values, and, if asked for, in the lists among them."""
+    found: List[BaseException] = []
+    for value in values:
+        if is_exception(value):
+            found.append(value)
+        elif lists and type(value) in (list, tuple):
+            found += filter(is_exception, itertools.islice(value, _MOST_LOOKED_AT))
     return found
 
 
@@ -433,28 +448,94 @@ def empty(frame: FrameType) -> bool:
     return True
 
 
-def empty_with_callers(
-    frame: Optional[FrameType], visited: Dict[int, FrameType]
-) -> int:
-    """Empty a frame and, behind it, the finished frames that called it.
+def empty_with_callers(frame: FrameType) -> None:
+    """Empty a frame and, behind it, the finished frames that called it."""
+    Emptied().empty([frame], {})
 
-    A traceback ends where the exception was caught, but its frames go on by
-    ``f_back``: from Python 3.11 up to the event loop's ``Handle``, which holds
-    the task, which holds the result.
 
-    Args:
-        frame: where to start.
-        visited: frames to stop at, by id; those emptied are added.
+# Nobody asks for the variables of these, and their functions are called by each task.
+_MACHINERY = ("aiohttp", "asyncio", "uvloop")
 
-    Returns:
-        How many frames were emptied.
-    """
-    emptied = 0
-    while frame is not None and id(frame) not in visited and empty(frame):
-        visited[id(frame)] = frame  # held, so that the id stays its own
-        emptied += 1
-        frame = frame.f_back
-    return emptied
+
+class Emptied:
+    """The frames that one severing after the other has emptied."""
+
+    __slots__ = ("_callers", "frames")
+
+    def __init__(self) -> None:
+        # By id, and held, so that it stays their own.
+        self.frames: Dict[int, FrameType] = {}
+        # The frames behind those, and how many of those they have called.
+        self._callers: Dict[int, List[Any]] = {}
+
+    def empty(
+        self, frames: Iterable[FrameType], left_alone: Container[int]
+    ) -> List[FrameType]:
+        """Empty frames, and the finished ones behind them.
+
+        A traceback ends where the exception was caught, but its frames go on by
+        ``f_back``: from Python 3.11 up to the event loop's ``Handle``, which holds
+        the task, which holds the result.  Behind it, a frame of the application's that
+        something else refers to is left alone: it may be in the traceback of another
+        exception, which is needed still.
+
+        Args:
+            frames: those in tracebacks.
+            left_alone: the ids of frames that are not to be emptied.
+
+        Returns:
+            Those that were emptied now.
+        """
+        emptied: List[FrameType] = []
+        found = list(frames)
+        while found:
+            callers: Dict[int, List[Any]] = {}
+            for each in found:
+                if id(each) in self.frames or id(each) in left_alone:
+                    continue
+                if empty(each):
+                    self.frames[id(each)] = each
+                    emptied.append(each)
+                    self._count(each.f_back, callers)
+            found = _pop_unshared(callers)
+            found += [each for each, _ in callers.values() if _is_machinery(each)]
+            self._callers.update(callers)
+        return emptied
+
+    def _count(
+        self, caller: Optional[FrameType], callers: Dict[int, List[Any]]
+    ) -> None:
+        if caller is None or id(caller) in self.frames:
+            return
+        key = id(caller)
+        if key not in callers:
+            known = self._callers.pop(key, None)
+            if known is None:  # it may have itself in a local
+                own = sum(each is caller for each in gc.get_referents(caller))
+                known = [caller, own]
+            callers[key] = known
+        callers[key][1] += 1
+
+
+def _is_machinery(frame: FrameType) -> bool:
+    module = dict.get(frame.f_globals, "__name__")
+    return str(module).partition(".")[0] in _MACHINERY
+
+
+# The entry of the dict, the variable of the loop, the argument of the call.
+_OWN_REFERENCES = 3
+
+
+def _pop_unshared(objects: Dict[int, List[Any]]) -> List[Any]:
+    """Take out the objects that have only the holders counted with them."""
+    if not COUNTS_ARE_EXACT:
+        return []
+    unshared = [
+        key
+        for key, (each, holders) in objects.items()
+        if sys.getrefcount(each) == holders + _OWN_REFERENCES
+    ]
+    return [objects.pop(key)[0] for key in unshared]
 
 
 if (3, 11) <= sys.version_info < (3, 14):
@@ -489,18 +570,6 @@ if (3, 11) <= sys.version_info < (3, 14):
                     del cell.cell_contents
             if not unshared:  # or another function may have lost its last holder
                 break
-
-    def _pop_unshared(objects: Dict[int, List[Any]]) -> List[Any]:
-        """Take out the objects that have only the holders counted with them."""
-        unshared = [
-            key
-            for key, (each, holders) in objects.items()
-            if sys.getrefcount(each) == holders + _OWN_REFERENCES
-        ]
-        return [objects.pop(key)[0] for key in unshared]
-
-    # The entry of the dict, the variable of the loop, the argument of the call.
-    _OWN_REFERENCES = 3
 
 else:
 
@@ -544,6 +613,7 @@ def sever(
     *,
     clear_frames: bool = True,
     spare: Iterable[FrameType] = (),
+    emptied: Optional[Emptied] = None,
 ) -> Cut:
     """Cut the reference cycles that lead through exceptions.
 
@@ -553,29 +623,31 @@ def sever(
             may be suspended or executes is left alone.  Otherwise the tracebacks
             are taken off the exceptions, locals and all.
         spare: frames that something else still needs.
+        emptied: of the severings before this one whose exceptions have met what these
+            have; None: there were none.
 
     Returns:
         What was cut.
     """
-    left_alone = {id(frame): frame for frame in spare}
-    visited = dict(left_alone)
-    tracebacks = cleared = 0
+    spared = list(spare)  # held, so that an id stays its own
+    left_alone = {id(frame) for frame in spared}
+    emptied = Emptied() if emptied is None else emptied
+    tracebacks = 0
+    new: List[FrameType] = []
+    if clear_frames:
+        new = emptied.empty(
+            (frame for exc in exceptions for frame in frames_of(exc)), left_alone
+        )
     for exc in exceptions:
         for frame in frames_of(exc):
-            if clear_frames:
-                cleared += empty_with_callers(frame, visited)
-            tracebacks += not clear_frames or (
-                id(frame) in visited and id(frame) not in left_alone
-            )
-        if not clear_frames:
+            tracebacks += not clear_frames or id(frame) in emptied.frames
+        if clear_frames:
+            _forget_older_times(exc, emptied.frames)
+        else:
             detach(exc)
-    emptied = {key: each for key, each in visited.items() if key not in left_alone}
-    if clear_frames:
-        for exc in exceptions:
-            _forget_older_times(exc, emptied)
-    _empty_functions(emptied.values())
+    _empty_functions(new)
     _open_loops(exceptions)
-    return Cut(len(exceptions), tracebacks, cleared)
+    return Cut(len(exceptions), tracebacks, len(new))
 
 
 class _Times(frozenset):  # type: ignore[type-arg]

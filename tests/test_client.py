@@ -40,6 +40,7 @@ from aiohttp_cyclebreak import (
     keep_cycles,
     setup,
 )
+from aiohttp_cyclebreak.holders import MOST
 from aiohttp_cyclebreak.leaks.gateway import Upstream
 
 from .service import AIOHTTP, LOOPS, Service, alive, no_collector, run, serve, spin
@@ -932,6 +933,36 @@ def test_a_worker_that_has_ended_leaves_nothing() -> None:
                 return len(alive(Marker)) + len(alive(aiohttp.ClientResponse)) - before
 
     assert run(main()) == 0
+
+
+@pytest.mark.parametrize("pauses", [False, True])
+def test_a_handler_has_the_failures_of_all_that_it_gathers(pauses: bool) -> None:
+    """However many they are, until it has answered."""
+    number = 3 * MOST
+    kept: List[int] = []
+
+    async def handler(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> str:
+        with socket.socket() as sock:  # which nobody listens to
+            sock.bind(("127.0.0.1", 0))
+            refused = f"http://127.0.0.1:{sock.getsockname()[1]}/"
+            failed: Any = await asyncio.gather(
+                *(call(session, refused) for _ in range(number)), return_exceptions=True
+            )
+            if pauses:  # other calls fail while it reports them
+                for _ in range(MOST):
+                    with contextlib.suppress(*FAILURES):
+                        await call(session, refused)
+            kept.append(sum(map(markers_in, failed)))
+        return "ok"
+
+    async def main() -> int:
+        async with gateway(handler, Upstream((OK,))) as fixture:
+            return (await count_left(fixture, visits=1))["BaseRequest"]
+
+    assert run(main()) == 0
+    assert kept == [number] * 2
 
 
 def test_a_worker_may_log_late() -> None:

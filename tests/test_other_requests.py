@@ -286,3 +286,75 @@ def test_decorated_routes_share_as_well() -> None:
     shared, answers = run(main())
     assert answers == [(500, str(number)) for number in range(REQUESTS)]
     assert all(shared.locals[number] for number in range(REQUESTS))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("install", GUARDS)
+def test_who_has_called_what_failed_keeps_its_locals(
+    install: str, asynchronous: bool
+) -> None:
+    """A cached failure leads by f_back to the frames of the request that met it first.
+
+    That one has failed of something else, and is being reported.
+    """
+    failures: List[BaseException] = []
+    reported: List[bool] = []
+
+    def compute() -> None:
+        raise LookupError("cached")
+
+    def look_up() -> None:
+        try:
+            compute()
+        except LookupError as exc:
+            failures.append(exc)
+
+    async def look_up_later() -> None:
+        try:
+            await asyncio.sleep(0)
+            compute()
+        except LookupError as exc:
+            failures.append(exc)
+
+    async def handler(request: web.Request) -> web.Response:
+        marker = "audit"
+        if asynchronous:
+            await look_up_later()
+        else:
+            look_up()
+        raise RuntimeError(marker)
+
+    async def other(request: web.Request) -> web.Response:
+        raise failures[0]
+
+    async def main() -> None:
+        waits, goes_on = asyncio.Event(), asyncio.Event()
+
+        @web.middleware
+        async def report(request: web.Request, handler: Any) -> web.StreamResponse:
+            try:
+                return await handler(request)  # type: ignore[no-any-return]
+            except RuntimeError as exc:
+                waits.set()
+                await goes_on.wait()
+                frames = [frame for frame, _ in traceback.walk_tb(exc.__traceback__)]
+                reported.append(any("marker" in frame.f_locals for frame in frames))
+                return web.Response(status=500)
+
+        app = web.Application(middlewares=[report])
+        app.router.add_get("/", handler)
+        app.router.add_get("/other", other)
+        GUARDS[install](app)
+        async with serve(app) as service:
+            client = await service.connect()
+            await client.get("/")
+            await waits.wait()
+            assert (await service.ask("/other"))[0] == 500
+            for _ in range(10):
+                await asyncio.sleep(0)
+            goes_on.set()
+            assert (await client.answer())[0] == 500
+            client.close()
+
+    run(main())
+    assert reported == [True]

@@ -14,7 +14,10 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 
 from aiohttp_cyclebreak.sever import (
+    COUNTS_ARE_EXACT,
     Cut,
+    Emptied,
+
     frames_of,
     graph,
     in_flight,
@@ -522,6 +525,35 @@ def test_the_callers_behind_a_traceback_are_emptied_too() -> None:
         assert watched() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.skipif(not COUNTS_ARE_EXACT, reason="they tell what is shared")
+@pytest.mark.parametrize("together", [False, True])
+def test_the_caller_of_several_is_emptied_with_the_last_of_them(together: bool) -> None:
+    """One after the other with what has been emptied, or another needs it still."""
+    found: List[BaseException] = []
+
+    def catch() -> None:
+        try:
+            raise ValueError
+        except ValueError as exc:
+            found.append(exc)
+
+    def call(marker: Any) -> None:
+        catch()
+        catch()
+
+    def lose() -> "weakref.ref[Any]":
+        marker = Marker()
+        call(marker)
+        return weakref.ref(marker)
+
+    watched = lose()
+    emptied = Emptied()
+    sever(found[:1], emptied=emptied if together else None)
+    assert watched() is not None
+    sever(found[1:], emptied=emptied if together else None)
+    assert (watched() is None) is together
 
 
 def test_exceptions_that_went_through_one_frame_are_whole_one_by_one() -> None:
