@@ -51,6 +51,10 @@ settled_connections: Set[int] = set()
 # Those that keep for later what somebody has in hand.
 keeping_connections: "Dict[int, ref[Connection]]" = {}
 
+# Exceptions that a connection keeps for later.  Who has them in hand may never be done
+# with them: a worker that goes on is in the traceback of each.
+_MOST_LATER = 4
+
 # Where the frame of a request's task is over; before CPython 3.13 frame.clear() closes
 # a coroutine that is suspended.
 _RETURNS = frozenset() if HANDLE_REQUEST is None else returns_of(HANDLE_REQUEST)
@@ -224,10 +228,16 @@ class Connection:
     def keep_for_later(
         self, exceptions: Iterable[BaseException], clear_frames: bool
     ) -> None:
-        """Keep what somebody has in hand, until the connection goes on or ends."""
+        """Keep what somebody has in hand, until the connection goes on or ends.
+
+        That is the last few; what came before is not kept alive.
+        """
         for exc in exceptions:
             self.later[id(exc)] = exc, clear_frames
             keeping_connections[self.key] = self.reference
+        while len(self.later) > _MOST_LATER:
+            oldest, clears = self.later.pop(next(iter(self.later)))
+            leave([oldest], clears)
 
     def sever_later_ones(self) -> None:
         """Sever what was kept for later, but for what somebody still has in hand."""

@@ -5,6 +5,7 @@ when the last of them is done with it.
 """
 
 import asyncio
+from contextvars import Context
 from functools import partial
 from types import FrameType
 from typing import (
@@ -31,6 +32,7 @@ from .sever import (
     graph,
     handled_by,
     in_flight,
+    is_finished,
     leads_on,
     sever,
 )
@@ -59,6 +61,8 @@ pending: "Dict[int, ref[Connection]]" = {}
 # Of a request that has noted so many exceptions, all but half of that are severed while
 # it goes on: a handler can stream for ever, and its calls fail again and again.
 MOST = 100
+
+_SOON = 1.0  # seconds
 
 
 def _forget_holder(keys: List[int], holder: "ref[Holder]") -> None:
@@ -231,47 +235,77 @@ def sort_out(
 class _LeftOver:
     """What tasks of one loop still ran with when those who had noted it were done.
 
-    Nobody tells when such a task is done with it, so all tasks are looked at when more
-    has come.  An exception is held weakly; if its class does not allow that, not at
-    all, and is left to the garbage collector.
+    Nobody tells when such a task is done with it, so they are looked at when more has
+    come.  An exception is held weakly; if its class does not allow that, as the
+    built-in ones do not, until one look that is soon: to hold it for longer could keep
+    what nobody else does.
     """
 
-    __slots__ = ("exceptions", "many", "looks")
+    __slots__ = ("exceptions", "held", "many", "looks")
 
     def __init__(self) -> None:
         self.exceptions: Dict[int, Tuple[Callable[[], Any], bool]] = {}
-        self.many = 1  # one look is at all tasks: so many come for one
+        self.held: Dict[int, Tuple[BaseException, bool]] = {}
+        self.many = (
+            1  # to find who has one, all tasks are gone through: so many for one
+        )
         self.looks = False
 
     def add(self, exc: BaseException, clear_frames: bool) -> None:
+        loop = asyncio.get_running_loop()
         try:
             self.exceptions[id(exc)] = ref(exc), clear_frames
         except TypeError:
-            return  # of a built-in class: to hold it could keep what nobody else does
-        if len(self.exceptions) >= self.many and not self.looks:
+            if not self.held:
+                loop.call_later(_SOON, self.look, context=Context())
+            self.held[id(exc)] = exc, clear_frames
+        if len(self.exceptions) + len(self.held) >= self.many and not self.looks:
             self.looks = True
-            asyncio.get_running_loop().call_soon(self.look)
+            loop.call_soon(self.look, context=Context())
 
     def look(self) -> None:
         try:
             self.looks = False
-            tasks = asyncio.all_tasks()
-            in_use = look_into(tasks)
+            left, self.held = self.held, {}
             for key, (found, clear_frames) in list(self.exceptions.items()):
                 exc = found()
                 if exc is None:
                     del self.exceptions[key]
-                    continue
+                else:
+                    left[key] = exc, clear_frames
+            tasks = asyncio.all_tasks() if left else set()
+            in_use = look_into(_who_run([exc for exc, _ in left.values()], tasks))
+            for key, (exc, clear_frames) in left.items():
                 sorted_out = sort_out([exc], in_use)
                 for _, own in sorted_out.ready:
                     sever(own, clear_frames=clear_frames, spare=sorted_out.spare)
                 if not sorted_out.in_flight:
-                    del self.exceptions[key]
+                    self.exceptions.pop(key, None)
             while len(self.exceptions) > MOST + len(tasks):
                 del self.exceptions[next(iter(self.exceptions))]
             self.many = len(self.exceptions) + max(1, len(tasks) // 8)
         except Exception:
             complain("looking for what is left over")
+
+
+def _who_run(
+    exceptions: List[BaseException], tasks: "Iterable[asyncio.Task[Any]]"
+) -> "List[asyncio.Task[Any]]":
+    """Those tasks whose frames are in the tracebacks of exceptions."""
+    suspended = {
+        id(frame)
+        for exc in exceptions
+        for below in graph(exc)
+        for frame in frames_of(below)
+        if not is_finished(frame)
+    }
+    if not suspended:
+        return []
+    return [
+        task
+        for task in tasks
+        if not suspended.isdisjoint(awaiting_frames(task.get_coro()))
+    ]
 
 
 _left_over: "WeakKeyDictionary[asyncio.AbstractEventLoop, _LeftOver]" = (

@@ -2,15 +2,15 @@
 
 import asyncio
 import traceback
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple, Type
 
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import break_cycles, cyclebreak, setup
+from aiohttp_cyclebreak import break_cycles, connections, cyclebreak, holders, setup
 
 from .naive import NAIVE
-from .service import LOOPS, alive, no_collector, run, serve
+from .service import LOOPS, alive, no_collector, run, serve, spin
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -358,3 +358,110 @@ def test_who_has_called_what_failed_keeps_its_locals(
 
     run(main())
     assert reported == [True]
+
+
+class Down(Exception):
+    """What a weak reference can be made of; the built-in ones allow none."""
+
+
+@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize("failure", [Down, ConnectionError])
+@pytest.mark.parametrize("install", ["appended", "outermost", "setup"])
+def test_a_worker_that_goes_on_keeps_no_requests(
+    install: str,
+    failure: Type[Exception],
+    stays: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It hands what fails to one handler after the other, and has nothing in hand.
+
+    On one connection that stays open, or on one for each request.
+    """
+    monkeypatch.setattr(holders, "_SOON", 0)
+
+    async def work(queue: "asyncio.Queue[Any]") -> None:
+        while True:
+            future = await queue.get()
+            try:
+                raise failure
+            except Exception as exc:
+                future.set_exception(exc)
+            del future
+
+    async def main(guard: Any) -> List[int]:
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        worker = asyncio.ensure_future(work(queue))
+
+        async def handler(request: web.Request) -> web.Response:
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            queue.put_nowait(future)
+            try:
+                await future
+            except failure as exc:
+                raise web.HTTPServiceUnavailable from exc
+            return web.Response()
+
+        app = web.Application()
+        app.router.add_get("/", handler)
+        guard(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                client = await service.connect()
+                for number in range(30):
+                    if not stays and number:
+                        client.close()
+                        client = await service.connect()
+                    await client.get("/")
+                    assert (await client.answer())[0] == 503
+                await spin()
+                found = [len(alive()) - before]
+                client.close()
+                await service.settle()
+            await spin()
+            found.append(len(alive()) - before)
+        worker.cancel()
+        await asyncio.wait([worker])
+        return found
+
+    assert min(run(main(lambda app: None))) >= 29
+    open_, closed = run(main(GUARDS[install]))
+    assert open_ <= connections._MOST_LATER
+    assert closed == 0
+
+
+def test_few_tasks_are_looked_into_for_what_is_left_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only those that are in a traceback: there may be thousands."""
+    looked: List[int] = []
+    look_into = holders.look_into
+
+    def count(tasks: Any, lists: bool = False) -> Any:
+        looked.append(len(list(tasks)))
+        return look_into(tasks, lists)
+
+    monkeypatch.setattr(holders, "look_into", count)
+    monkeypatch.setattr(holders, "_SOON", 0)
+
+    async def fail(waits: asyncio.Event) -> None:
+        try:
+            raise ConnectionError
+        except ConnectionError as exc:
+            found.append(exc)
+        await waits.wait()
+
+    found: List[BaseException] = []
+
+    async def main() -> None:
+        waits = asyncio.Event()
+        tasks = [asyncio.ensure_future(waits.wait()) for _ in range(50)]
+        tasks.append(asyncio.ensure_future(fail(waits)))
+        await asyncio.sleep(0)
+        holders.leave(found)
+        await spin()
+        waits.set()
+        await asyncio.wait(tasks)
+
+    run(main())
+    assert max(looked) == 1

@@ -17,7 +17,6 @@ from aiohttp_cyclebreak.sever import (
     COUNTS_ARE_EXACT,
     Cut,
     Emptied,
-
     frames_of,
     graph,
     in_flight,
