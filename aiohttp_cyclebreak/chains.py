@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from itertools import compress, islice
+from itertools import chain, compress, islice
 from types import (
     AsyncGeneratorType,
     CellType,
@@ -493,7 +493,7 @@ class _Search:
         namespace = self._objects[index]
         return any(
             value is self._objects[held]
-            for name, value in list(namespace.items())
+            for name, value in _items(namespace)
             if name not in _LAST_ERROR
             for held in self._held[index]
         )
@@ -864,8 +864,17 @@ def _is_dict_of(each: Any, owner: Any) -> bool:
     return _dict_of(owner) is each
 
 
+def _items(namespace: Dict[Any, Any]) -> Iterator[Tuple[Any, Any]]:
+    """The items of a dict, read in one step: another thread may change it."""
+    # Not list(dict.items()): making a million tuples runs the collector, and that
+    # runs the application's finalizers.
+    both = list(chain(dict.keys(namespace), dict.values(namespace)))
+    half = len(both) // 2
+    return zip(both[:half], both[half:])
+
+
 def _key(namespace: Optional[Dict[Any, Any]], held: Any) -> Any:
-    for key, value in list(dict.items(namespace or {})):
+    for key, value in _items(namespace or {}):
         if value is held:
             return key
     return None
@@ -1000,7 +1009,7 @@ def _how(holder: Any, held: Any) -> str:
 
 
 def _how_dict(holder: Any, held: Any) -> str:
-    for key, value in list(dict.items(holder)):  # another thread may change it
+    for key, value in _items(holder):
         if value is held:
             return f"value of a key of type {_type_name(type(key))}"
         if key is held:

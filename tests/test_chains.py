@@ -543,32 +543,50 @@ def test_holders_that_fight_back() -> None:
         KEPT.clear()
 
 
-def test_what_is_changed_while_it_is_told() -> None:
-    """As another thread might; here by a trace function."""
+@pytest.mark.parametrize("by", ["trace", "collector"])
+def test_what_is_changed_while_it_is_told(by: str) -> None:
+    """As by another thread; here by a trace function, or by what is collected."""
 
-    def change(frame: Any, event: str, argument: Any) -> Any:
+    def change() -> None:
+        for each in (vars(owner), cache, globals()):
+            each[f"new_{len(each)}"] = None
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
         if frame.f_globals["__name__"] != shortest_chain.__module__:
             return None
-        if frame.f_code.co_name in ("_key", "_how", "_how_dict"):
-            for each in (vars(owner), cache, globals()):
-                each[f"new_{len(each)}"] = None
-        return change
+        if frame.f_code.co_name in ("_items", "_key", "_how", "_how_dict"):
+            change()
+        return trace
+
+    def collected(phase: str, _: Any) -> None:
+        caller: Any = sys._getframe(1)
+        if caller.f_code.co_name in ("_items", "_key", "_how", "_how_dict"):
+            change()
 
     target, owner = Target(), Target()
-    cache: Any = dict.fromkeys(range(10))
+    cache: Any = dict.fromkeys(range(5000))  # more than there are tuples in reserve
     before = set(globals())
     owner.other, owner.link = None, target
     cache["owner"] = owner
     KEPT.append(cache)
-    sys.settrace(change)
+    thresholds = gc.get_threshold()
+    if by == "trace":
+        sys.settrace(trace)
+    else:
+        gc.callbacks.append(collected)
+        gc.set_threshold(1, 10**6, 10**6)
+        gc.enable()
     try:
-        chain = found(target)
+        told = found(target)
     finally:
         sys.settrace(None)
+        gc.disable()
+        gc.set_threshold(*thresholds)
+        gc.callbacks[:] = [each for each in gc.callbacks if each is not collected]
         for each in set(globals()) - before:
             del globals()[each]
-    assert chain.kind == "permanent"
-    assert [link.holds for link in chain.links[:-1]] == [
+    assert told.kind == "permanent"
+    assert [link.holds for link in told.links[:-1]] == [
         "global 'KEPT'",
         "index 0",
         "value of a key of type str",
