@@ -93,14 +93,37 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
             raise pytest.UsageError(f"{item.nodeid}: {_NAME}: {exc}") from None
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> None:
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Watch a test that is marked."""
     marker = item.get_closest_marker(_NAME)
-    if marker is not None and isinstance(item, pytest.Function):
-        watch = _Watch(**marker.kwargs)
-        item.stash[_WATCH] = watch
-        item.obj = _watched(item.obj, watch)
+    if marker is None or not isinstance(item, pytest.Function):
+        yield
+        return
+    from unittest import TestCase
+
+    watch = _Watch(**marker.kwargs)
+    item.stash[_WATCH] = watch
+    case = item.instance
+    item.obj = _watched(item.obj, watch)
+    if isinstance(case, TestCase):  # it finds a coroutine function by itself
+        setattr(case, item.name, item.obj)
+    yield
+    if isinstance(case, TestCase):
+        vars(case).pop(item.name, None)  # by which it holds itself
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Let no marked test pass that was not watched."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    if report.when != "call" or not report.passed:
+        return
+    watch = item.stash.get(_WATCH, None)
+    if item.get_closest_marker(_NAME) and not (watch and watch.has_begun):
+        report.outcome = "failed"
+        report.longrepr = f"{_NAME}: what runs this test does not let it be watched"
 
 
 @pytest.hookimpl(trylast=True)
@@ -212,10 +235,12 @@ class _Watch:
         self._allows = _tolerance(allow)
         self._old: Dict[int, Any] = {}
         self._enabled = False
+        self.has_begun = False
         self.made = 0
 
     def begin(self) -> None:
         """Watch; the garbage collector is switched off meanwhile."""
+        self.has_begun = True
         if not _active:
             gc.collect()
         self._enabled = gc.isenabled()

@@ -444,6 +444,145 @@ async def test_marked(client):
     result.assert_outcomes(passed=1, failed=2)
 
 
+UNITTEST = """
+from app import KEPT, cyclebreak, make_app, pytest
+import unittest
+import weakref
+
+from aiohttp.test_utils import AioHTTPTestCase, TestClient, TestServer
+
+
+class TestAiohttp(AioHTTPTestCase):
+    async def get_application(self):
+        return make_app(cyclebreak())
+
+    async def get(self, path):
+        async with self.client.get(path) as response:
+            await response.read()
+
+    @pytest.mark.no_request_cycles(requests=2)
+    async def test_clean(self):
+        await self.get("/refuse")
+        await self.get("/ok")
+
+    @pytest.mark.no_request_cycles(requests=50)
+    async def test_too_few(self):
+        await self.get("/ok")
+
+    @pytest.mark.no_request_cycles
+    async def test_permanent(self):
+        await self.get("/keep")
+        self.addCleanup(KEPT.clear)
+
+    @pytest.mark.no_request_cycles
+    @unittest.skip("not now")
+    async def test_skipped(self):
+        pass
+
+
+class TestBare(unittest.IsolatedAsyncioTestCase):
+    async def asyncSetUp(self):
+        self.client = TestClient(TestServer(make_app()))
+        await self.client.start_server()
+
+    async def asyncTearDown(self):
+        await self.client.close()
+
+    @pytest.mark.no_request_cycles
+    async def test_cycle(self):
+        async with self.client.get("/refuse") as response:
+            await response.read()
+
+
+    @pytest.mark.no_request_cycles(requests=0)
+    async def test_instance(self):
+        KEPT.append(weakref.ref(self))
+
+
+def test_instance_is_gone():
+    assert KEPT.pop()() is None
+
+
+class TestNotSetUp(unittest.IsolatedAsyncioTestCase):
+    async def asyncSetUp(self):
+        raise LookupError("there is no database")
+
+    @pytest.mark.no_request_cycles
+    async def test_broken(self):
+        pass
+
+
+class TestSync(unittest.TestCase):
+    @pytest.mark.no_request_cycles
+    def test_sync(self):
+        pass
+"""
+
+
+def test_unittest(pytester: pytest.Pytester) -> None:
+    """Coroutine methods of test cases, which unittest finds and runs by itself."""
+    pytester.makepyfile(app=APP)
+    path = pytester.makepyfile(UNITTEST)
+    # Nothing but the plugin collects.
+    pytester.makeconftest("import gc\ngc.disable()")
+    result = pytester.runpytest_subprocess(
+        "-q", "-rA", "-W", "ignore", "--show-capture=no", path
+    )
+    text = result.stdout.str()
+    result.assert_outcomes(passed=3, failed=5, skipped=1)
+    said = sections(text)
+    assert "1 request made, at least 50 expected" in said["TestAiohttp.test_too_few"]
+    assert "1 held for good" in said["TestAiohttp.test_permanent"]
+    assert "1 waiting for the garbage collector" in said["TestBare.test_cycle"]
+    assert "there is no database" in said["TestNotSetUp.test_broken"]
+    assert "0 requests made" in said["TestSync.test_sync"]
+
+
+def test_not_watched(pytester: pytest.Pytester) -> None:
+    """A marked test does not pass where what runs it goes round the watch."""
+    pytester.makeconftest(
+        """
+import pytest
+
+
+class Item(pytest.Function):
+    def runtest(self):
+        self.parent.obj.test_it()
+
+
+class Other(pytest.Item):
+    def runtest(self):
+        pass
+
+
+def pytest_pycollect_makeitem(collector, name, obj):
+    if name == "test_it":
+        item = Item.from_parent(collector, name=name)
+        other = Other.from_parent(collector, name="other")
+        other.add_marker("no_request_cycles")
+        return [item, other]
+"""
+    )
+    pytester.makepyfile(
+        """
+import pytest
+
+
+@pytest.mark.no_request_cycles(requests=0)
+def test_it():
+    pass
+
+
+@pytest.mark.no_request_cycles(requests=0)
+def test_watched():
+    pass
+"""
+    )
+    result = pytester.runpytest_subprocess("-q")
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines(["*does not let it be watched*"] * 2)
+
+
 def test_in_parallel(pytester: pytest.Pytester) -> None:
     """Under pytest-xdist, where each process looks after its own requests."""
     pytester.makepyfile(app=APP)
