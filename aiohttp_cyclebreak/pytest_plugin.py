@@ -336,6 +336,7 @@ class _Watch:
         ignored: List[Any] = [left, *_own_frames()]
         ignored += [each for task in _server_tasks() for each in task]
         ignored += [getattr(each, "protocol", None) for each in left]
+        ignored += _put_off()
         found = chains(left, ignore=ignored)
         blamed = [
             (chain, each)
@@ -495,6 +496,19 @@ def _server_tasks() -> List[List[Any]]:
             if frame.f_globals.get("__name__") == web.RequestHandler.__module__:
                 tasks.append([task, coroutine, frame])
     return tasks
+
+
+def _put_off() -> List[Any]:
+    """What guarded connections sever when they go on to another request, or end."""
+    from .connections import followed_connections
+
+    connections = [found() for found in list(followed_connections.values())]
+    return [
+        each
+        for connection in connections
+        if connection is not None
+        for each in (connection, connection.put_off)
+    ]
 
 
 def _own_frames() -> List[FrameType]:

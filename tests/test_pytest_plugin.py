@@ -145,6 +145,12 @@ async def test_cycle_guarded(aiohttp_client, no_request_cycles):
         await get(client, "/missing")
 
 
+async def test_last_guarded(aiohttp_client, no_request_cycles):
+    client = await aiohttp_client(make_app(cyclebreak()))
+    async with no_request_cycles(requests=3):
+        await get(client, "/refuse")
+
+
 async def test_cycle_allowed(client, no_request_cycles):
     async with no_request_cycles(allow="http-exception"):
         await get(client, "/refuse")
@@ -286,6 +292,7 @@ async def test_soak_permanent(client, soak):
         "test_clean": "PASSED",
         "test_cycle": "FAILED",
         "test_cycle_guarded": "PASSED",
+        "test_last_guarded": "PASSED",
         "test_cycle_allowed": "PASSED",
         "test_cycle_allowed_by_function": "PASSED",
         "test_another_allowed": "FAILED",
