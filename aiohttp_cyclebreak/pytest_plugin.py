@@ -46,6 +46,8 @@ _TURNS = 20  # of the event loop, for what clients and servers have to say still
 _SHOWN = 3  # different chains, or types, in a report
 _SAMPLES = 12  # of a soak: three times four
 _RUNNERS = ("_pytest", "pluggy", "pytest", "pytest_aiohttp", "pytest_asyncio")
+# aiohttp.pytest_plugin has it collect once its event loop is closed.
+_COLLECT_AT_THE_END = ("aiohttp.test_utils",)
 # Their own reference cycles are none of the application's.
 _NOT_THE_APPLICATION = (
     *_RUNNERS,
@@ -234,19 +236,21 @@ class _Watch:
         self._garbage = garbage
         self._allows = _tolerance(allow)
         self._old: Dict[int, Any] = {}
-        self._enabled = False
         self.has_begun = False
         self.made = 0
+        self.collections: Counter[str] = Counter()  # those of others, by their origin
 
     def begin(self) -> None:
         """Watch; the garbage collector is switched off meanwhile."""
         self.has_begun = True
         if not _active:
-            gc.collect()
-        self._enabled = gc.isenabled()
+            _collect()
+            if gc.isenabled():
+                _undo.append(gc.enable)
         gc.disable()
         self._old = {id(each): _reference(each) for each in self._instances()}
         self.made = 0
+        self.collections.clear()
         _count(self)
 
     def end(self) -> None:
@@ -254,8 +258,6 @@ class _Watch:
         if self in _active:
             _count_no_more(self)
             self._old = {}
-            if self._enabled:
-                gc.enable()
 
     @property
     def _classes(self) -> Classes:
@@ -314,10 +316,24 @@ class _Watch:
         text = self.report()
         if text is None and self._garbage and not closed:
             text = _report_garbage()
+        if text is None:
+            text = self.doubt()
         if text is not None:
             if closed:
                 text += "\n(seen when the test's fixtures were closed)"
             pytest.fail(text, pytrace=False)
+
+    def doubt(self) -> Optional[str]:
+        """Say why it shows nothing that nothing is left; None if it does."""
+        if not self.collections:
+            return None
+        times = _number(sum(self.collections.values()), "time")
+        origins = _several(self.collections.elements())
+        return (
+            f"the garbage collector ran {times} meanwhile ({origins}): nobody knows what "
+            "it has freed that was left behind; have it neither called nor switched on "
+            "while the test is watched"
+        )
 
     def left(self) -> List[Any]:
         """What was made meanwhile and is alive."""
@@ -429,7 +445,7 @@ _undo: List[Callable[[], None]] = []
 
 def _count(watch: _Watch) -> None:
     _active.append(watch)
-    if _undo:
+    if len(_active) > 1:
         return
     from aiohttp import web
 
@@ -443,12 +459,36 @@ def _count(watch: _Watch) -> None:
 
     web.BaseRequest.__init__ = count  # type: ignore[method-assign]
     _undo.append(functools.partial(setattr, web.BaseRequest, "__init__", make))
+    gc.callbacks.append(_note_collection)
+    _undo.append(functools.partial(gc.callbacks.remove, _note_collection))
 
 
 def _count_no_more(watch: _Watch) -> None:
     _active.remove(watch)
-    if not _active:
+    while _undo and not _active:
         _undo.pop()()
+
+
+def _collect() -> None:
+    """Collect, in a function of its own: the collections of others are counted."""
+    gc.collect()
+
+
+def _note_collection(phase: str, info: Dict[str, int]) -> None:
+    """Note that somebody else collects, of whatever generation."""
+    frame = sys._getframe().f_back  # noqa: SLF001
+    if phase != "start" or frame is None or frame.f_code is _collect.__code__:
+        return
+    module = str(frame.f_globals.get("__name__"))
+    if gc.isenabled():
+        origin = "switched on by somebody"
+    elif module in _COLLECT_AT_THE_END or module.partition(".")[0] in _RUNNERS:
+        return
+    else:
+        code = frame.f_code
+        origin = f"called by {code.co_name} ({code.co_filename}:{frame.f_lineno})"
+    for each in _active:
+        each.collections[origin] += 1
 
 
 async def _turn() -> None:
@@ -572,7 +612,7 @@ def _report_garbage() -> Optional[str]:
     before = len(gc.garbage)
     gc.set_debug(flags | gc.DEBUG_SAVEALL)
     try:
-        gc.collect()
+        _collect()
         garbage = gc.garbage[before:]
         del gc.garbage[before:]
     finally:
@@ -726,6 +766,9 @@ async def _soak(call: Callable[[], Any], times: int = 20 * _SAMPLES) -> None:
             await _call(call)
             await watch.settle()
             pytest.fail("\n".join([report, watch.report() or ""]), pytrace=False)
+        doubt = watch.doubt()
+        if doubt is not None:
+            pytest.fail(doubt, pytrace=False)
 
 
 async def _call(call: Callable[[], Any]) -> None:
@@ -747,7 +790,7 @@ class _Samples:
         import tracemalloc
 
         before = len(watch.left())
-        gc.collect()
+        _collect()
         after = len(watch.left())
         # As many as there were if nothing had been collected since the beginning.
         self._collected += before - after

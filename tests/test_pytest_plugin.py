@@ -451,6 +451,123 @@ async def test_marked(client):
     result.assert_outcomes(passed=1, failed=2)
 
 
+COLLECTS = """
+import gc
+
+from app import *  # noqa
+
+
+def load():
+    \"\"\"As many libraries do around unpickling.\"\"\"
+    gc.disable()
+    try:
+        return []
+    finally:
+        gc.enable()
+
+
+async def call(request):
+    asyncio.get_running_loop().call_soon(collect)
+    return await cycle(request)
+
+
+def collect():
+    gc.collect(0)
+
+
+async def switch_on(request):
+    load()
+    assert [[] for _ in range(10_000)]
+    return await ok(request)
+
+
+async def cycle(request):
+    node = Order()
+    node.node = node
+    node.request = request
+    return web.Response()
+
+
+@pytest.fixture
+async def client(aiohttp_client):
+    app = make_app()
+    for handler in (call, switch_on, cycle):
+        app.router.add_get(f"/{handler.__name__}", handler)
+    return await aiohttp_client(app)
+
+
+async def get(client, path):
+    async with client.get(path, headers={"Connection": "close"}) as response:
+        await response.read()
+
+
+@pytest.mark.parametrize("path", ["/call", "/switch_on", "/keep", "/cycle"])
+async def test_block(client, no_request_cycles, path):
+    async with no_request_cycles():
+        await get(client, path)
+
+
+@pytest.mark.no_request_cycles
+@pytest.mark.parametrize("path", ["/call", "/switch_on"])
+async def test_marked(client, path):
+    await get(client, path)
+
+
+@pytest.fixture
+def collects_at_the_end():
+    yield
+    gc.collect()
+
+
+@pytest.mark.no_request_cycles
+async def test_teardown(collects_at_the_end, client):
+    await get(client, "/ok")
+
+
+async def test_soak(client, soak):
+    await soak(lambda: get(client, "/call"))
+
+
+async def test_at_once(client, no_request_cycles):
+    async def one():
+        async with no_request_cycles(garbage=True):
+            await get(client, "/ok")
+
+    async with no_request_cycles():
+        await one()
+        assert not gc.isenabled()
+        await asyncio.gather(one(), one())
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+async def test_over(client, no_request_cycles):
+    async with no_request_cycles():
+        await get(client, "/ok")
+    assert not [each for each in gc.callbacks if "aiohttp" in each.__module__]
+"""
+
+
+def test_somebody_collects(pytester: pytest.Pytester) -> None:
+    """Nothing is left because somebody runs the collector meanwhile: it is said."""
+    pytester.makepyfile(app=APP)
+    path = pytester.makepyfile(COLLECTS)
+    result = pytester.runpytest_subprocess(
+        "-q", "-o", "asyncio_mode=auto", "-W", "ignore", "--show-capture=no", path
+    )
+    said = sections(result.stdout.str())
+    result.assert_outcomes(passed=3, failed=7, errors=1)
+    for name in ("test_block[/call]", "test_marked[/call]"):
+        assert "collector ran 1 time meanwhile (called by collect (" in said[name]
+    assert "240 x called by collect (" in said["test_soak"]
+    for name in ("test_block[/switch_on]", "test_marked[/switch_on]"):
+        assert "switched on by somebody" in said[name]
+    assert "called by collects_at_the_end" in said["test_teardown"]
+    # What is left all the same is blamed.
+    assert "1 held for good" in said["test_block[/keep]"]
+    assert "1 waiting for the garbage collector" in said["test_block[/cycle]"]
+
+
 UNITTEST = """
 from app import KEPT, cyclebreak, make_app, pytest
 import unittest
