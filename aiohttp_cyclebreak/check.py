@@ -164,6 +164,8 @@ class Run:
         collections: automatic collections of each generation in as many requests.
         collector_seconds: the time that they took.
         chains: what holds some of what was left, as data.
+        own_collections: collections that the application has run while the collector
+            was off; what they freed was not counted.
     """
 
     sent: int
@@ -179,6 +181,7 @@ class Run:
     collections: List[int]
     collector_seconds: float
     chains: List[Dict[str, Any]]
+    own_collections: int
 
     @property
     def full_collections(self) -> int:
@@ -198,9 +201,32 @@ class Report:
 
     @property
     def is_clean(self) -> bool:
-        """Whether the guarded run left nothing."""
+        """Whether the guarded run left nothing, and could have shown it."""
+        return not (self._left_something or self.doubt)
+
+    @property
+    def _left_something(self) -> bool:
         garbage = self.plan.garbage and self.guarded.garbage
-        return not (self.guarded.left or garbage)
+        return bool(self.guarded.left or garbage)
+
+    @property
+    def doubt(self) -> str:
+        """Why it shows nothing that nothing is left; empty where it does."""
+        if self._left_something:
+            return ""
+        run = self.guarded
+        if not run.served:
+            return "This shows nothing: no request was served."
+        for request, answers in zip(self.plan.requests, run.answers):
+            if set(answers) == {"none"}:
+                return f"This shows nothing: {request} got no answer at all."
+        if run.own_collections:
+            return (
+                f"This shows nothing: the application has run {run.own_collections} "
+                "collections itself, by gc.collect() or gc.enable(), and what they "
+                "freed is not known. Leave that out for the check."
+            )
+        return ""
 
     @property
     def sentence(self) -> str:
@@ -214,7 +240,7 @@ class Report:
         garbage = sum(self.guarded.garbage.values())
         if garbage and not self.guarded.left:
             text += f", but {garbage} objects of other cyclic garbage are"
-        return f"{text}."
+        return f"{text}. {self.doubt}".rstrip()
 
     @property
     def hint(self) -> str:
@@ -756,6 +782,7 @@ def _run(plan: Plan, process: _Process, port: int, tell: Callable[[int], Any]) -
         collections=collected["collections"],
         collector_seconds=collected["collector_seconds"],
         chains=chains,
+        own_collections=sum(counted["collections"]),
     )
 
 

@@ -291,7 +291,7 @@ def _chains(objects: List[Any]) -> List[Dict[str, Any]]:
 
 
 class _Collections:
-    """Counts what the collector does by itself."""
+    """Counts what the collector does, but for what is called here."""
 
     def __init__(self) -> None:
         self.by_generation = [0, 0, 0]
@@ -329,11 +329,10 @@ class _Server:
         gc.collect()
         self._before = set(map(id, _requests()))
         self._served = self._server.requests_count
-        if collector:
-            self._collections = _Collections()
-            gc.callbacks.append(self._collections)
-            if self._collector:
-                gc.enable()
+        self._collections = _Collections()
+        gc.callbacks.append(self._collections)
+        if collector and self._collector:
+            gc.enable()
         self._cpu = time.process_time()
         self._begun = time.perf_counter()
         return self.sample()
@@ -355,11 +354,11 @@ class _Server:
         served = self._server.requests_count - self._served
         answer: Dict[str, Any] = {"cpu": cpu, "served": served}
         answer["busy"] = await self._settle()
+        gc.disable()
+        gc.callbacks.remove(self._collections)
+        answer["collections"] = self._collections.by_generation
+        answer["collector_seconds"] = self._collections.seconds
         if collector:
-            gc.disable()
-            gc.callbacks.remove(self._collections)
-            answer["collections"] = self._collections.by_generation
-            answer["collector_seconds"] = self._collections.seconds
             return answer
         answer["left"] = max(0, len(_requests()) - len(self._before))
         garbage = _collect()
@@ -379,6 +378,8 @@ class _Server:
             garbage: look at other cyclic garbage where no request is left.
         """
         await self._settle()
+        gc.disable()
+        gc.callbacks.remove(self._collections)
         found = _chains(self._new_requests())
         if garbage and not found:
             found = _chains(_collect())

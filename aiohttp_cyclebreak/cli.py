@@ -42,6 +42,7 @@ _STYLES = {
     _NOT_HERE: "dim",
     "LEFT": "bold red",
     "ERROR": "bold red",
+    "?": "bold red",
 }
 
 
@@ -408,8 +409,8 @@ def _add_check(commands: Any) -> None:
         description="Serve an application on loopback, in a process of its own, send "
         "it requests, and count what is left once they are answered: bare, and "
         "guarded by setup(app) and guard_server(runner).",
-        epilog="Exit code: 0, guarded nothing is left; 1, something is left, or the "
-        "application could not be run; 2, wrong usage.",
+        epilog="Exit code: 0, guarded nothing is left; 1, something is left, or that "
+        "cannot be told, or the application could not be run; 2, wrong usage.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -625,7 +626,7 @@ def _print_check(report: check.Report) -> None:
         if run.tasks:
             _say(f"{name}: {run.tasks} tasks of the application had not ended yet.\n")
     name, run = "guarded", report.guarded
-    if report.is_clean:
+    if report.is_clean or report.doubt:
         name, run = "bare", report.bare
     for chain in run.chains:
         print(f"{name}, {chain['text']}\n")
@@ -654,6 +655,8 @@ def _check_rows(report: check.Report) -> Iterator[Tuple[str, str, str, str]]:
     verdict = "LEFT"
     if not report.guarded.left:
         verdict = "stopped" if report.bare.left else "clean"
+    if report.doubt:
+        verdict = "?"
     yield row("requests left", lambda run: str(run.left), verdict)
     yield row("  after a collection", lambda run: str(run.held))
     yield row("cyclic garbage", lambda run: _per(sum(run.garbage.values()), run))

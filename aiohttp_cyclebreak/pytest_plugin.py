@@ -330,9 +330,9 @@ class _Watch:
         times = _number(sum(self.collections.values()), "time")
         origins = _several(self.collections.elements())
         return (
-            f"the garbage collector ran {times} meanwhile ({origins}): nobody knows what "
-            "it has freed that was left behind; have it neither called nor switched on "
-            "while the test is watched"
+            f"the garbage collector ran {times} meanwhile ({origins}): nobody knows "
+            "what it has freed that was left behind; have it neither called nor "
+            "switched on while the test is watched"
         )
 
     def left(self) -> List[Any]:

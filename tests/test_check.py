@@ -68,6 +68,17 @@ async def collect(request):
     return web.Response()
 
 
+async def switch_on(request):
+    gc.enable()
+    assert [[] for _ in range(10_000)]
+    return web.Response()
+
+
+async def drop(request):
+    request.transport.abort()
+    return web.Response()
+
+
 async def stream(request):
     response = web.StreamResponse()
     await response.prepare(request)
@@ -89,7 +100,7 @@ def create_app(*args, **named):
     app = web.Application(client_max_size=2**20)
     app["told"] = f"{args} {named}"
     app.router.add_post("/upload", upload)
-    for handler in (move, hold, cycle, collect, stream, die, told):
+    for handler in (move, hold, cycle, collect, switch_on, drop, stream, die, told):
         app.router.add_get(f"/{handler.__name__}", handler)
     return app
 
@@ -329,6 +340,41 @@ def test_full_collections_are_counted(folder: str) -> None:
     for run in (report.bare, report.guarded):
         assert run.full_collections >= 10
         assert run.collector_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/collect", "has run 10 collections itself"),
+        ("/switch_on", "collections itself"),
+        ("/drop", "GET /drop got no answer at all"),
+    ],
+)
+def test_it_shows_nothing(path: str, told: str, folder: str) -> None:
+    """Exit 1 where nothing is left because nothing was to be seen."""
+    code, out, err = run_command(
+        "check", "leaky:app", f"--chdir={folder}", f"--request={path}", "--requests=10"
+    )
+    assert (code, err) == (1, "")
+    rows = {line[:20].strip(): line.split() for line in out.splitlines()}
+    assert rows["requests left"][-2:] == ["0", "?"]
+    assert "This shows nothing: " in out.splitlines()[-1]
+    assert told in out.splitlines()[-1]
+
+
+def test_nothing_is_served(folder: str) -> None:
+    """That is no clean run; and one that left requests is none in any case."""
+    plan = Plan("leaky:app", (Request("GET", "/told"),), (), folder, 3)
+    report = check.run(plan)
+    assert (report.is_clean, report.doubt) == (True, "")
+    assert (report.bare.own_collections, report.guarded.own_collections) == (0, 0)
+    served = dataclasses.replace(report.guarded, served=0)
+    report = dataclasses.replace(report, guarded=served)
+    assert not report.is_clean
+    assert report.sentence.endswith("This shows nothing: no request was served.")
+    left = dataclasses.replace(served, left=1, own_collections=1)
+    report = dataclasses.replace(report, guarded=left)
+    assert (report.is_clean, report.doubt) == (False, "")
 
 
 @pytest.fixture
