@@ -36,6 +36,7 @@ from typing import (
     TextIO,
     Tuple,
 )
+from weakref import WeakSet
 
 from aiohttp import web
 
@@ -313,6 +314,7 @@ class _Server:
         assert runner.server is not None
         self._server = runner.server
         self._tasks = asyncio.all_tasks()
+        self._lasting: WeakSet[asyncio.Task[Any]] = WeakSet()  # waited for in vain
         self._collector = gc.isenabled()  # as the application leaves it
         self._collections = _Collections()
         self._before: Set[int] = set()  # the ids of those that there were before
@@ -397,16 +399,23 @@ class _Server:
     async def _settle(self) -> int:
         """Wait for the end of all connections, and for what they have started.
 
+        What does not end is waited for once: a task that the first request has started
+        for good.
+
         Returns:
             How many tasks go on all the same.
         """
         deadline = time.monotonic() + _SETTLES
-        while self._server.connections or asyncio.all_tasks() - self._tasks:
+        while self._server.connections or self._started() - set(self._lasting):
             if time.monotonic() > deadline:
+                self._lasting.update(self._started())
                 break
             await asyncio.sleep(0.001)
         await _spin()
-        return len(asyncio.all_tasks() - self._tasks)
+        return len(self._started())
+
+    def _started(self) -> "Set[asyncio.Task[Any]]":
+        return asyncio.all_tasks() - self._tasks
 
 
 async def _spin() -> None:

@@ -1,5 +1,6 @@
 """The command line's ``check``: an application of one's own, bare and guarded."""
 
+import asyncio
 import dataclasses
 import importlib.util
 import json
@@ -8,15 +9,17 @@ import pathlib
 import signal
 import sys
 import urllib.request
-from typing import List
+from typing import Any, List
 
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import check, cli
+from aiohttp_cyclebreak import check, check_process, cli
 from aiohttp_cyclebreak.check import CheckFailed, Plan, Request, UsageError
 from aiohttp_cyclebreak.check_process import NotThere, find, parse_target
 
+from .service import TIMEOUT, serve
+from .service import run as run_loop
 from .test_cli import MODULE, POSIX, Terminal
 from .test_cli import run as run_command
 
@@ -375,6 +378,40 @@ def test_nothing_is_served(folder: str) -> None:
     left = dataclasses.replace(served, left=1, own_collections=1)
     report = dataclasses.replace(report, guarded=left)
     assert (report.is_clean, report.doubt) == (False, "")
+
+
+def test_a_lasting_task_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that the first request starts for good; it is counted each time."""
+    lasting: List[Any] = []
+
+    async def start(request: web.Request) -> web.Response:
+        if not lasting:
+            lasting.append(asyncio.ensure_future(asyncio.Event().wait()))
+        return web.Response()
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/", start)
+        async with serve(app) as service:
+            server = check_process._Server(service.runner)
+            assert (await service.ask("/"))[0] == 200
+            monkeypatch.setattr(check_process, "_SETTLES", 0.0)
+            await server.begin(collector=False)
+            monkeypatch.setattr(check_process, "_SETTLES", 1e6)
+            assert (await service.ask("/"))[0] == 200
+            me: Any = asyncio.current_task()
+            hangs = asyncio.get_running_loop().call_later(TIMEOUT, me.cancel)
+            ended = await server.end(collector=False)
+            assert (ended["busy"], ended["served"]) == (1, 1)
+            # Another one is waited for.
+            other = asyncio.ensure_future(asyncio.sleep(0.01))
+            await server.begin(collector=False)
+            assert other.done()
+            await server.end(collector=False)
+            hangs.cancel()
+            lasting.pop().cancel()
+
+    run_loop(main())
 
 
 @pytest.fixture
