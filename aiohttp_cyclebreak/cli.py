@@ -559,8 +559,14 @@ def _plan(args: argparse.Namespace) -> check.Plan:
     if args.plot is not None:
         if not args.plot.endswith(".svg"):
             raise check.UsageError(f"--plot {args.plot}: name it with .svg at the end")
-        if not os.path.isdir(os.path.dirname(args.plot) or "."):
+        folder = os.path.dirname(args.plot) or "."
+        if not os.path.isdir(folder):
             raise check.UsageError(f"--plot {args.plot}: there is no such folder")
+        if os.path.isdir(args.plot):
+            raise check.UsageError(f"--plot {args.plot}: that is a folder")
+        written = args.plot if os.path.exists(args.plot) else folder
+        if not os.access(written, os.W_OK):
+            raise check.UsageError(f"--plot {args.plot}: {written} cannot be written")
         if not check.can_plot():
             raise check.UsageError(
                 "--plot needs matplotlib: install it, or this package with the extra "

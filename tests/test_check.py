@@ -654,6 +654,28 @@ def test_the_guard_is_switched_off(
     assert "unset" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [("", "that is a folder"), ("beside.svg", "cannot be written")],
+)
+def test_the_picture_cannot_be_written(
+    path: str,
+    told: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """That is said before anything is run, and nothing is left where it would be."""
+    picture = tmp_path / "growth.svg"
+    picture.mkdir()
+    # To the superuser all can be written.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    plot = f"--plot={picture if not path else tmp_path / path}"
+    assert cli.main(["check", "m:app", plot]) == 2
+    assert told in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [picture]
+
+
 def test_there_is_no_matplotlib(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
