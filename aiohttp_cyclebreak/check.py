@@ -377,7 +377,7 @@ def read_requests(path: str) -> List[Request]:
             names the line.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as exc:
         raise UsageError(f"{path} cannot be read: {exc}") from None
     requests = []
@@ -436,7 +436,7 @@ def read_body(text: str) -> bytes:
         UsageError: the file cannot be read.
     """
     if not text.startswith("@"):
-        return text.encode()
+        return os.fsencode(text)  # the bytes that the shell has given
     try:
         return Path(text[1:]).read_bytes()
     except OSError as exc:

@@ -15,6 +15,7 @@ import signal
 import sys
 import textwrap
 from dataclasses import asdict, dataclass, replace
+from io import TextIOWrapper
 from itertools import zip_longest
 from types import FrameType
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -87,6 +88,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     .. versionadded:: 0.1.0
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names may have any character
+            stream.reconfigure(errors="backslashreplace")
     parser = _make_parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -169,6 +173,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return int(text)
+
+
+def _up_to(most: int) -> Callable[[str], int]:
+    def positive(text: str) -> int:
+        number = _positive(text)
+        if number > most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most}, the most")
+        return number
+
+    return positive
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -462,14 +476,14 @@ def _add_check(commands: Any) -> None:
     )
     sent.add_argument(
         "--requests",
-        type=_positive,
+        type=_up_to(1_000_000),
         default=200,
         metavar="N",
         help="how often each is sent (default: %(default)s)",
     )
     sent.add_argument(
         "--concurrency",
-        type=_positive,
+        type=_up_to(1000),
         default=1,
         metavar="N",
         help="how many clients send at once (default: %(default)s)",
@@ -481,7 +495,7 @@ def _add_check(commands: Any) -> None:
     )
     sent.add_argument(
         "--timeout",
-        type=_positive,
+        type=_up_to(86400),
         default=60,
         metavar="SECONDS",
         help="for the start, and for each answer (default: %(default)s)",

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import urllib.request
@@ -578,6 +579,9 @@ def test_an_answer_has_no_end(folder: str) -> None:
             ["after 6 bytes of a body of 6"],
         ),
         (["m:a", "--requests=0"], ["whole number from 1 up"]),
+        (["m:a", "--requests=99999999999999999999"], ["more than 1000000"]),
+        (["m:a", "--concurrency=1001"], ["more than 1000"]),
+        (["m:a", "--timeout=10000000000"], ["more than 86400"]),
         (["m:a", "--abort-after=-1"], ["whole number from 0 up"]),
         (["m:a", "--from-file=there/is/none"], ["there/is/none"]),
         (["m:a", "--chdir=there/is/none"], ["no such folder"]),
@@ -636,6 +640,34 @@ def test_a_file_of_requests(tmp_path: pathlib.Path) -> None:
         Request("PUT", "/b", (), b"one\n\ntwo"),
         Request("POST", "/c", (), b"\0\r\n", 1),
     ]
+
+
+def test_a_file_with_a_byte_order_mark(tmp_path: pathlib.Path) -> None:
+    """As some editors of Windows write it."""
+    path = tmp_path / "requests.http"
+    path.write_text("GET /a\n", encoding="utf-8-sig")
+    assert check.read_requests(str(path)) == [Request("GET", "/a")]
+
+
+@POSIX
+def test_a_body_of_any_bytes() -> None:
+    """What is no text is sent as the shell has given it."""
+    assert check.read_body(os.fsdecode(b"\xff\0x")) == b"\xff\0x"
+    assert check.read_body("\u00e4") == os.fsencode("\u00e4")
+
+
+def test_any_name_can_be_printed(folder: str) -> None:
+    """Also where the output cannot have its characters."""
+    text = re.sub(r"\bheld\b", "\u043e\u0447", APPLICATION)
+    pathlib.Path(folder, "named.py").write_text(text, encoding="utf-8")
+    code, out, err = run_command(
+        *("check", "named:app", f"--chdir={folder}", "--request=/hold"),
+        "--requests=2",
+        PYTHONIOENCODING="ascii",
+    )
+    assert (code, err) == (1, "")
+    assert "global '\\u043e\\u0447" in out
+    assert out.splitlines()[-1].endswith("2 are held by a live reference.")
 
 
 def test_a_request_shows_no_secret() -> None:
