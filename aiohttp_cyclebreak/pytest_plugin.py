@@ -26,6 +26,7 @@ from typing import (
     Iterable,
     Iterator,
     List,
+    Mapping,
     Optional,
     Set,
     Tuple,
@@ -81,18 +82,23 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: List[pytest.Item]
+) -> None:
     """Say what is wrong with a marker before anything runs."""
-    for item in items:
-        marker = item.get_closest_marker(_NAME)
-        if marker is None:
-            continue
-        try:
-            if marker.args:
-                raise TypeError("it takes keyword arguments only")
-            _Watch(**marker.kwargs)
-        except (TypeError, ValueError) as exc:
-            raise pytest.UsageError(f"{item.nodeid}: {_NAME}: {exc}") from None
+    if hasattr(config, "workerinput"):  # nobody would see it from pytest-xdist's
+        return
+    for wrong in filter(None, map(_wrong, items)):
+        raise pytest.UsageError(wrong)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fail a test whose marker is wrong."""
+    wrong = _wrong(item)
+    if wrong is not None:
+        pytest.fail(wrong, pytrace=False)
 
 
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)
@@ -104,7 +110,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         return
     from unittest import TestCase
 
-    watch = _Watch(**marker.kwargs)
+    watch = _make_watch(marker.args, marker.kwargs)
     item.stash[_WATCH] = watch
     case = item.instance
     item.obj = _watched(item.obj, watch)
@@ -166,14 +172,42 @@ def no_request_cycles() -> "Callable[..., Any]":
     Returns:
         A function that gives an asynchronous context manager.
 
+    Raises:
+        TypeError: what is given is of the wrong type, or not one of these; when it is
+            called.
+        ValueError: *requests* is negative, or *allow* names no leak of the catalogue.
+
     .. versionadded:: 0.1.0
     """
     return _watching
 
 
+def _watching(*args: Any, **options: Any) -> Any:
+    return _block(_make_watch(args, options))
+
+
+def _make_watch(args: Tuple[Any, ...], options: Mapping[str, Any]) -> "_Watch":
+    if args:
+        raise TypeError("it takes keyword arguments only")
+    for name in options:
+        if name not in inspect.signature(_Watch).parameters:
+            raise TypeError(f"unexpected keyword argument {name!r}")
+    return _Watch(**options)
+
+
+def _wrong(item: pytest.Item) -> Optional[str]:
+    """Say what is wrong with the marker of a test; None if nothing is."""
+    marker = item.get_closest_marker(_NAME)
+    if marker is not None:
+        try:
+            _make_watch(marker.args, marker.kwargs)
+        except (TypeError, ValueError) as exc:
+            return f"{item.nodeid}: {_NAME}: {exc}"
+    return None
+
+
 @contextlib.asynccontextmanager
-async def _watching(**options: Any) -> AsyncIterator[None]:
-    watch = _Watch(**options)
+async def _block(watch: "_Watch") -> AsyncIterator[None]:
     watch.begin()
     try:
         yield
@@ -729,6 +763,9 @@ def soak() -> "Callable[..., Any]":
 
     Returns:
         A coroutine function.
+
+    Raises:
+        ValueError: *times* is less than 240; when it is awaited.
 
     .. versionadded:: 0.1.0
     """

@@ -9,9 +9,9 @@ from typing import Dict, List
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak.pytest_plugin import _grows
+from aiohttp_cyclebreak.pytest_plugin import _grows, _soak, _watching
 
-from .service import AIOHTTP
+from .service import AIOHTTP, run
 
 pytestmark = pytest.mark.processes
 
@@ -766,6 +766,47 @@ def test_wrong_options(pytester: pytest.Pytester, options: str) -> None:
     result = pytester.runpytest_inprocess("-q", path)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(f"*::test_it: no_request_cycles: *{WRONG[options]}*")
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_wrong_options_in_parallel(pytester: pytest.Pytester, options: str) -> None:
+    """There it is a failure of the one test, with the message and no traceback."""
+    path = pytester.makepyfile(
+        "import pytest\n\n"
+        f"@pytest.mark.no_request_cycles({options})\ndef test_it():\n    pass\n\n"
+        "def test_other():\n    pass\n"
+    )
+    result = pytester.runpytest_subprocess("-q", "-n1", path)
+    result.assert_outcomes(passed=1, errors=1)
+    text = result.stdout.str()
+    assert "::test_it: no_request_cycles: " in text
+    assert WRONG[options] in text
+    assert "_Watch" not in text
+    assert "pytest_plugin.py" not in text
+
+
+def test_wrong_options_of_a_deselected_test(pytester: pytest.Pytester) -> None:
+    """What is not run may be wrong."""
+    path = pytester.makepyfile(
+        "import pytest\n\n@pytest.mark.no_request_cycles(5)\ndef test_it():\n"
+        "    pass\n\ndef test_other():\n    pass\n"
+    )
+    result = pytester.runpytest_inprocess("-q", "-k", "other", path)
+    result.assert_outcomes(passed=1, deselected=1)
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_wrong_options_of_a_block(options: str) -> None:
+    """They are refused by the call, and not only when it is entered."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        eval(f"watching({options})", {"watching": _watching})
+    assert WRONG[options] in str(caught.value)
+    assert "_Watch" not in str(caught.value)
+
+
+def test_a_soak_is_too_short() -> None:
+    with pytest.raises(ValueError, match="at least 240"):
+        run(_soak(lambda: None, times=100))
 
 
 def test_costs_nothing_unless_it_is_used(pytester: pytest.Pytester) -> None:
