@@ -94,7 +94,7 @@ class Request:
     """
 
     method: str
-    path: str
+    path: str = field(repr=False)
     headers: Tuple[Tuple[str, str], ...] = field(default=(), repr=False)
     body: bytes = field(default=b"", repr=False)
     abort_after: Optional[int] = None
@@ -125,9 +125,9 @@ class Plan:
         garbage: whether any cyclic garbage is as bad as a request.
     """
 
-    target: str
+    target: str = field(repr=False)
     requests: Tuple[Request, ...] = (Request("GET", "/"),)
-    words: Tuple[str, ...] = ()
+    words: Tuple[str, ...] = field(default=(), repr=False)
     chdir: str = "."
     repetitions: int = 200
     concurrency: int = 1

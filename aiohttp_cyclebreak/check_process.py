@@ -23,7 +23,7 @@ import time
 import traceback
 from asyncio.trsock import TransportSocket
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import CodeType, MethodType
 from typing import (
     Any,
@@ -68,10 +68,12 @@ class Target:
         arguments: what to call it with, if it was written as a call.
     """
 
-    text: str
+    text: str = field(repr=False)
     module: str
     attribute: str
-    arguments: Optional[Tuple[Tuple[Any, ...], Dict[str, Any]]] = None
+    arguments: Optional[Tuple[Tuple[Any, ...], Dict[str, Any]]] = field(
+        default=None, repr=False
+    )
 
 
 def parse_target(text: str) -> Target:
