@@ -555,6 +555,10 @@ def main() -> int:
         asyncio.set_event_loop(loop)
         try:
             made = find(target, config["words"], lambda trying: answer(trying=trying))
+            by_policy = asyncio.new_event_loop()
+            if type(by_policy) is not type(loop):  # the application has set another
+                loop, by_policy = by_policy, loop
+            by_policy.close()
             asyncio.set_event_loop(loop)  # the application may have ended another one
             loop.run_until_complete(
                 _serve(made, config["guarded"], target, commands, answer)

@@ -19,7 +19,7 @@ from aiohttp_cyclebreak import check, check_process, cli
 from aiohttp_cyclebreak.check import CheckFailed, Plan, Request, UsageError
 from aiohttp_cyclebreak.check_process import NotThere, find, parse_target
 
-from .service import TIMEOUT, serve
+from .service import LOOPS, TIMEOUT, serve
 from .service import run as run_loop
 from .test_cli import MODULE, POSIX, Terminal
 from .test_cli import run as run_command
@@ -116,6 +116,13 @@ async def create_later(name="nobody"):
 
 def create_runner():
     return web.AppRunner(create_app("runner"))
+
+
+def uvloop_app():
+    import uvloop
+
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    return create_app("uvloop")
 
 
 def main(argv):
@@ -459,6 +466,17 @@ def test_an_application_is_served(target: str, told: str, folder: str) -> None:
         url = f"http://127.0.0.1:{answer['port']}/told"
         with urllib.request.urlopen(url) as response:
             assert response.read().decode() == told
+
+
+@pytest.mark.skipif("uvloop" not in LOOPS, reason="uvloop is not installed")
+@pytest.mark.parametrize("target", ["leaky:uvloop_app", "fast:app"])
+def test_the_loop_is_that_of_the_policy(target: str, folder: str) -> None:
+    """Which a factory, or a module when it is imported, may set."""
+    pathlib.Path(folder, "fast.py").write_text(
+        "import leaky\n\napp = leaky.uvloop_app()\n"
+    )
+    with check._started(Plan(target, chdir=folder), False) as (_, answer):
+        assert answer["event_loop"].startswith("uvloop")
 
 
 @pytest.mark.usefixtures("importable")
