@@ -8,9 +8,10 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import sys
 import urllib.request
-from typing import Any, List
+from typing import Any, Dict, List
 
 import pytest
 from aiohttp import web
@@ -96,6 +97,36 @@ async def die(request):
     os._exit(3)
 
 
+peers = set()
+received = []
+ended = []
+
+
+async def visit(request):
+    peer = request.transport.get_extra_info("peername")
+    status = 208 if peer in peers else 200
+    peers.add(peer)
+    return web.Response(status=status)
+
+
+async def receive(request):
+    try:
+        async for chunk in request.content.iter_any():
+            received.append(len(chunk))
+    finally:
+        ended.append(request.method)
+
+
+async def count(request):
+    while not ended:
+        await asyncio.sleep(0)
+    return web.Response(text=str(sum(received)))
+
+
+async def argv(request):
+    return web.Response(text=str(sys.argv))
+
+
 async def told(request):
     return web.Response(text=request.app["told"])
 
@@ -104,7 +135,9 @@ def create_app(*args, **named):
     app = web.Application(client_max_size=2**20)
     app["told"] = f"{args} {named}"
     app.router.add_post("/upload", upload)
-    for handler in (move, hold, cycle, collect, switch_on, drop, stream, die, told):
+    app.router.add_post("/receive", receive)
+    handlers = move, hold, cycle, collect, switch_on, drop, stream, die
+    for handler in (*handlers, visit, count, argv, told):
         app.router.add_get(f"/{handler.__name__}", handler)
     return app
 
@@ -466,6 +499,62 @@ def test_an_application_is_served(target: str, told: str, folder: str) -> None:
         url = f"http://127.0.0.1:{answer['port']}/told"
         with urllib.request.urlopen(url) as response:
             assert response.read().decode() == told
+
+
+@pytest.mark.parametrize(
+    ("keep_alive", "answers"),
+    [(False, {"200": 12}), (True, {"200": 3, "208": 9})],
+)
+def test_as_many_clients_as_are_asked_for(
+    keep_alive: bool, answers: Dict[str, int], folder: str
+) -> None:
+    """Each has a connection of its own, for one request or for all of them."""
+    plan = Plan(
+        "leaky:app",
+        (Request("GET", "/visit"),),
+        chdir=folder,
+        repetitions=12,
+        concurrency=3,
+        keep_alive=keep_alive,
+    )
+    report = check.run(plan)
+    assert report.bare.answers == report.guarded.answers == [answers]
+
+
+def test_the_client_vanishes_after_so_many_bytes(folder: str) -> None:
+    plan = Plan("leaky:app", chdir=folder)
+    request = Request("POST", "/receive", (), bytes(100_000), 12_345)
+    with check._started(plan, False) as (process, answer):
+        client = check._Client(plan, process, answer["port"])
+        assert client.send([request]) == {(request, "aborted"): 1}
+        url = f"http://127.0.0.1:{answer['port']}/count"
+        with urllib.request.urlopen(url) as response:
+            assert response.read() == b"12345"
+
+
+def test_the_application_has_its_own_arguments(folder: str) -> None:
+    plan = Plan("leaky:create_app", words=("-x", "y"), chdir=folder)
+    with check._started(plan, False) as (_, answer):
+        url = f"http://127.0.0.1:{answer['port']}/argv"
+        with urllib.request.urlopen(url) as response:
+            assert response.read() == b"['leaky:create_app', '-x', 'y']"
+
+
+@LINUX
+def test_nobody_else_reaches_the_application(folder: str) -> None:
+    """It listens on one address of loopback, and on no other."""
+    with check._started(Plan("leaky:app", chdir=folder), False) as (_, answer):
+        socket.create_connection(("127.0.0.1", answer["port"])).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", answer["port"]))
+
+
+def test_the_server_is_guarded_as_well(folder: str) -> None:
+    """What is refused before it comes to a middleware is the server's."""
+    request = Request("GET", "/told", (("Expect", "something"),))
+    report = check.run(Plan("leaky:app", (request,), (), folder, 10))
+    assert report.guarded.answers == [{"417": 10}]
+    assert (report.bare.left, report.guarded.left) == (10, 0)
 
 
 @pytest.mark.skipif("uvloop" not in LOOPS, reason="uvloop is not installed")

@@ -74,6 +74,11 @@ async def order(request):
     return web.Response()
 
 
+async def keep_order(request):
+    KEPT.append(Order())
+    return web.Response()
+
+
 async def never(request):
     await asyncio.get_running_loop().create_future()
 
@@ -81,7 +86,8 @@ async def never(request):
 def make_app(*middlewares):
     app = web.Application(middlewares=middlewares)
     app[TASKS] = []
-    for handler in (ok, refuse, fail, keep, keep_in_app, work, order, never):
+    handlers = ok, refuse, fail, keep, keep_in_app, work, order, keep_order, never
+    for handler in handlers:
         app.router.add_get(f"/{handler.__name__}", handler)
 
     async def clean_up(app):
@@ -275,6 +281,10 @@ async def test_soak_cycle(client, soak):
 
 async def test_soak_permanent(client, soak):
     await soak(lambda: get(client, "/keep", 1))
+
+
+async def test_soak_objects(client, soak):
+    await soak(lambda: get(client, "/keep_order", 1))
 """
     )
     result = pytester.runpytest_subprocess(
@@ -316,6 +326,7 @@ async def test_soak_permanent(client, soak):
         "test_soak": "PASSED",
         "test_soak_cycle": "FAILED",
         "test_soak_permanent": "FAILED",
+        "test_soak_objects": "FAILED",
     }, text
     said = sections(text)
     assert "3 waiting for the garbage collector" in said["test_cycle"]
@@ -339,6 +350,7 @@ async def test_soak_permanent(client, soak):
     assert "bytes" not in said["test_soak_cycle"]
     assert "aiohttp.web_request.Request" in said["test_soak_permanent"]
     assert "bytes" in said["test_soak_permanent"]
+    assert "1.00 app.Order" in said["test_soak_objects"]
     if late:
         assert "10548" in said["test_marked_close"]
     assert "secret" not in text
