@@ -187,6 +187,11 @@ async def test_task(client, no_request_cycles):
         await get(client, "/work")
 
 
+async def test_task_allowed(client, no_request_cycles):
+    async with no_request_cycles(allow=lambda chain: chain.kind == "live"):
+        await get(client, "/work")
+
+
 async def test_logged(client, no_request_cycles, caplog):
     async with no_request_cycles():
         await get(client, "/fail")
@@ -309,6 +314,7 @@ async def test_soak_objects(client, soak):
         "test_permanent": "FAILED",
         "test_permanent_in_app": "FAILED",
         "test_task": "FAILED",
+        "test_task_allowed": "PASSED",
         "test_logged": "PASSED",
         "test_own_variable": "PASSED",
         "test_no_request": "FAILED",
