@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from functools import partial
 from types import CodeType, FrameType
-from typing import Any, Callable, Iterator, List, Optional, Tuple, Type
+from typing import Any, Callable, Iterator, List, Optional, Tuple, Type, cast
 from weakref import WeakValueDictionary
 
 import aiohttp
@@ -190,6 +190,33 @@ def is_websocket_of(request: web.BaseRequest, value: object) -> bool:
     return own is not None and own._payload_writer is request._payload_writer
 
 
+class _PastRequest:
+    """What a websocket's public attributes, and its close(), ask its request for.
+
+    aiohttp: ``StreamResponse.__repr__`` and ``.task``, 3.8 to 3.14; what
+    ``WebSocketResponse`` does to its transport, 3.8 to 3.14, and with
+    ``RequestHandler._timeout_ceil_threshold``, 3.9 to 3.14.
+    """
+
+    __slots__ = ("method", "path", "task", "_protocol")
+
+    _payload_writer = None
+
+    def __init__(self, request: web.BaseRequest) -> None:
+        self.method = request.method
+        self.path = request.path
+        self.task = None if _FORGETS_TASK else request.task
+        self._protocol = request.protocol
+
+    @property
+    def transport(self) -> Optional[asyncio.Transport]:
+        return self._protocol.transport
+
+
+# A request forgets its connection's task when it is over.
+_FORGETS_TASK = _VERSION >= (3, 11, 14)
+
+
 def release_websocket(
     request: web.BaseRequest, response: Optional[web.StreamResponse]
 ) -> None:
@@ -206,10 +233,10 @@ def release_websocket(
         if isinstance(timer, asyncio.Handle):
             timer.cancel()
             setattr(response, name, None)
-    protocol: Any = getattr(getattr(response, "_req", None), "protocol", None)
-    if getattr(protocol, "_data_received_cb", None) is not None:
-        protocol._data_received_cb = None
-    response._req = None
+    own: Any = response._req
+    if getattr(own.protocol, "_data_received_cb", None) is not None:
+        own.protocol._data_received_cb = None
+    response._req = cast(web.BaseRequest, _PastRequest(own))
 
 
 def connection_task(request: Any) -> Any:

@@ -22,6 +22,13 @@ GUARDS: Dict[str, Guard] = {
     "with on_break": lambda app: setup(app, on_break=lambda event: None),
 }
 
+UPGRADE = (
+    "Upgrade: websocket",
+    "Connection: Upgrade",
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+)
+
 
 @pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("translated", [False, True])
@@ -292,13 +299,7 @@ def test_a_websocket_whose_peer_is_dead(guard: str) -> None:
             before = len(alive())
             async with serve(app) as service:
                 client = await service.connect()
-                await client.get(
-                    "/",
-                    "Upgrade: websocket",
-                    "Connection: Upgrade",
-                    "Sec-WebSocket-Version: 13",
-                    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-                )
+                await client.get("/", *UPGRADE)
                 await done.wait()  # it never answers a ping
                 client.close()
                 await service.settle()
@@ -311,12 +312,6 @@ def test_a_websocket_whose_peer_is_dead(guard: str) -> None:
 def test_the_websocket_of_another_request_is_left_alone(guard: str) -> None:
     """A handler that broadcasts fails with it among its locals."""
     sockets: List[web.WebSocketResponse] = []
-    upgrade = (
-        "Upgrade: websocket",
-        "Connection: Upgrade",
-        "Sec-WebSocket-Version: 13",
-        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-    )
 
     async def listen(request: web.Request) -> web.StreamResponse:
         websocket = web.WebSocketResponse(heartbeat=3600)
@@ -340,11 +335,11 @@ def test_the_websocket_of_another_request_is_left_alone(guard: str) -> None:
         GUARDS[guard](app)
         async with serve(app) as service:
             listener, sender = await service.connect(), await service.connect()
-            await listener.get("/listen", *upgrade)
+            await listener.get("/listen", *UPGRADE)
             while not sockets:
                 await asyncio.sleep(0)
             before = (sockets[0]._req, sockets[0]._heartbeat_cb)
-            await sender.get("/broadcast", *upgrade)
+            await sender.get("/broadcast", *UPGRADE)
             server = service.runner.server
             assert server is not None
             while len(server.connections) > 1 or server.requests_count < 2:
@@ -359,3 +354,62 @@ def test_the_websocket_of_another_request_is_left_alone(guard: str) -> None:
         return before[0] is not None, before == after, cancelled
 
     assert run(main()) == (True, True, False)
+
+
+async def tried(call: Any) -> Any:
+    try:
+        return await call
+    except Exception as exc:
+        return type(exc), str(exc)
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_websocket_that_is_held_for_good_is_as_bare(fails: bool, guard: str) -> None:
+    """A set of them, which another request goes through and logs; its request goes."""
+
+    async def main(guard: Guard) -> Any:
+        held: List[web.WebSocketResponse] = []
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            websocket = web.WebSocketResponse()
+            await websocket.prepare(request)
+            held.append(websocket)
+            async for _ in websocket:
+                if fails:
+                    raise ValueError("a bad message")
+            return websocket
+
+        app = web.Application()
+        app.router.add_get("/{name}", handler)
+        guard(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                client = await service.connect()
+                await client.get("/socket", *UPGRADE)
+                await client.answer()
+                await client.send(bytes((0x81, 0x80, 0, 0, 0, 0)))  # an empty text
+                if not fails:
+                    await client.send(bytes((0x88, 0x80, 0, 0, 0, 0)))
+                await service.settle()
+                client.close()
+                left = len(alive()) - before
+                websocket = held[0]
+                seen = [
+                    repr(websocket),
+                    websocket.prepared,
+                    type(websocket.task),
+                    websocket.keep_alive,
+                    websocket.closed,
+                    websocket.close_code,
+                    websocket.exception(),
+                    await tried(websocket.send_str("hello")),
+                    await tried(websocket.ping()),
+                    await tried(websocket.close()),
+                ]
+                return left, seen, (repr(websocket), websocket.close_code)
+
+    bare = run(main(lambda app: None))
+    assert bare[0] == 1
+    assert run(main(GUARDS[guard])) == (0, *bare[1:])
