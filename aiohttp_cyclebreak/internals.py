@@ -20,6 +20,7 @@ from aiohttp import hdrs, web, web_app, web_protocol
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_urldispatcher import SystemRoute
 
+from .options import Options
 from .sever import frames_of, is_exception
 
 __all__ = (
@@ -38,13 +39,13 @@ __all__ = (
     "follow_websockets",
     "forget_missing_route",
     "guard_connections",
+    "guard_options",
     "has_gone_on",
     "has_middlewares",
     "has_read_body",
     "has_request",
     "is_awaited",
     "is_being_answered",
-    "is_guarded",
     "is_outermost",
     "is_request",
     "is_same",
@@ -698,13 +699,24 @@ class _GuardedProtocol:
 
     __slots__ = ()
 
+    guard_options: Options
 
-def is_guarded(request: Any) -> bool:
-    """Whether a request is of a guarded server: another runner may serve it too."""
+
+def guard_options(request: Any) -> Optional[Options]:
+    """The options of the guarded server that a request is of.
+
+    Several runners may serve one application.
+
+    Returns:
+        The options; None: it is of no guarded server.
+    """
     try:
-        return isinstance(request.protocol, _GuardedProtocol)
+        protocol = request.protocol
+        if isinstance(protocol, _GuardedProtocol):
+            return protocol.guard_options
     except Exception:  # an application may pass on an object of its own as a request
-        return False
+        pass
+    return None
 
 
 def lacks() -> List[str]:
@@ -726,6 +738,7 @@ def lacks() -> List[str]:
 
 def guard_connections(
     server: web.Server,
+    options: Options,
     *,
     connected: Callable[[Any], Any],
     refused: Callable[[Any, BaseException], None],
@@ -745,6 +758,7 @@ def guard_connections(
 
     Args:
         server: the server, before its first connection.
+        options: what :func:`guard_options` tells of its requests.
         connected: called with the task of each connection.
         refused: called with that task and what was wrong with a request.
         lost: called with a request and what is raised there, or was and aiohttp has
@@ -789,6 +803,7 @@ def guard_connections(
             if issubclass(type(error), ConnectionError):
                 lost(request, error)  # type: ignore[arg-type]
 
+    GuardedRequestHandler.guard_options = options
     base: Any = type(server)
 
     class GuardedServer(base, _GuardedServer):  # type: ignore[misc]

@@ -79,6 +79,7 @@ def guard_server(
         )
     if not internals.guard_connections(
         server,
+        options,
         connected=follow_connection,
         refused=note_parser_error,
         lost=lambda request, exc: note(request, exc, options),
@@ -86,7 +87,7 @@ def guard_server(
     ):
         return
     if isinstance(runner, web.AppRunner):
-        _guard_inside(runner.app, options)
+        _guard_inside(runner.app)
 
 
 def _guarded(
@@ -108,29 +109,35 @@ def _guarded(
     return guarded
 
 
-def _guard_inside(app: web.Application, options: Options) -> None:
-    """See what handlers raise before a middleware of the application swallows it."""
+@web.middleware
+async def _guarded_inside(
+    request: web.Request, handler: "Handler"
+) -> web.StreamResponse:
+    """See what handlers raise before a middleware of the application swallows it.
+
+    It is one for all applications, so that each has it once, however many runners
+    serve it: the options are those of the one that serves the request.
+    """
+    try:
+        return await handler(request)
+    except web.HTTPException as exc:
+        options = internals.guard_options(request)
+        if options is not None:
+            if internals.own_task(request) is not None:
+                note_http_exception(request, exc, options, None)
+            else:
+                note(request, exc, options)
+        raise
+    except BaseException as exc:
+        options = internals.guard_options(request)
+        if options is not None:
+            note(request, exc, options)
+        raise
+
+
+def _guard_inside(app: web.Application) -> None:
     if not internals.has_middlewares(app):
         return
-
-    @web.middleware
-    async def guarded_middleware(
-        request: web.Request, handler: "Handler"
-    ) -> web.StreamResponse:
-        try:
-            return await handler(request)
-        except web.HTTPException as exc:
-            if internals.is_guarded(request):
-                if internals.own_task(request) is not None:
-                    note_http_exception(request, exc, options, None)
-                else:
-                    note(request, exc, options)
-            raise
-        except BaseException as exc:
-            if internals.is_guarded(request):
-                note(request, exc, options)
-            raise
-
     for each in (app, *internals.subapps(app)):
-        internals.make_innermost(each, guarded_middleware)
+        internals.make_innermost(each, _guarded_inside)
     internals.run_middlewares(app)

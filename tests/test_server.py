@@ -4,6 +4,7 @@ import asyncio
 import logging
 import pathlib
 import socket
+import traceback
 from typing import Any, AsyncIterator, List
 
 import pytest
@@ -308,6 +309,36 @@ def test_only_this_runner_is_affected(shared: bool) -> None:
         return left
 
     assert run(main()) == [0, 5]
+
+
+def test_one_application_guarded_by_several_runners() -> None:
+    """Each by its own options; the application gets no longer with each of them."""
+    depths: List[int] = []
+
+    @web.middleware
+    async def measure(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except web.HTTPException as exc:
+            depths.append(len(list(traceback.walk_tb(exc.__traceback__))))
+            return web.Response()
+
+    async def main() -> List[int]:
+        app = application(measure)
+        events: List[List[BreakEvent]] = [[], [], []]
+        for each in events:
+            runner = web.AppRunner(app)
+            await runner.setup()
+            guard_server(runner, on_break=each.append)
+            service = await start(runner)
+            await service.ask("/")
+            await service.ask("/sub/")
+            await service.settle()
+            await runner.cleanup()
+        return [len(each) for each in events]
+
+    assert run(main()) == [2, 2, 2]
+    assert depths == depths[:1] * 6
 
 
 def test_a_runner_of_ones_own_guards_itself() -> None:
