@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from functools import partial
 from types import CodeType, FrameType
-from typing import Any, Callable, Iterator, List, Optional, Tuple, Type, cast
+from typing import Any, Callable, Deque, Iterator, List, Optional, Tuple, Type, cast
 from weakref import WeakValueDictionary
 
 import aiohttp
@@ -771,20 +771,15 @@ def guard_connections(
     if isinstance(server, _GuardedServer):
         return False
     handler_class: Any = web_protocol.RequestHandler
-    error_class: Any = web_protocol._ErrInfo
 
     class GuardedRequestHandler(handler_class, _GuardedProtocol):  # type: ignore[misc]
         __slots__ = ()
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
-            connected(self._task_handler)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            messages = self._messages
-            if messages and isinstance(messages[-1][0], error_class):
-                refused(self._task_handler, messages[-1][0].exc)
+            task = self._task_handler
+            connected(task)
+            self._messages = _Messages(partial(refused, task))  # type: ignore[misc]
 
         def connection_lost(self, exc: Optional[BaseException]) -> None:
             # The handler may swallow it.  The connection forgets both below.
@@ -821,6 +816,26 @@ def guard_connections(
 
 class _GuardedServer:
     pass
+
+
+class _Messages(Deque[Any]):
+    """A connection's queue of requests, which tells of those that are malformed.
+
+    Not all are found where the data comes in, nor does the connection come to all.
+
+    aiohttp: ``web_protocol._ErrInfo``, 3.8 to 3.14.
+    """
+
+    __slots__ = ("_refused",)
+
+    def __init__(self, refused: Callable[[BaseException], None]) -> None:
+        super().__init__()
+        self._refused = refused
+
+    def append(self, message: Any) -> None:
+        super().append(message)
+        if isinstance(message[0], web_protocol._ErrInfo):
+            self._refused(message[0].exc)
 
 
 def run_middlewares(app: web.Application) -> None:

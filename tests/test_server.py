@@ -1,6 +1,7 @@
 """guard_server(): one runner, its connections, and those that carry no request."""
 
 import asyncio
+import contextlib
 import logging
 import pathlib
 import socket
@@ -473,6 +474,48 @@ def test_a_malformed_request_is_answered_and_logged_as_before() -> None:
     bare = run(main(guarded=False))
     assert bare[0].startswith(b"400")
     assert run(main(guarded=True)) == bare
+
+
+UPGRADE = (
+    b"GET /%s HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("first", [b"", UPGRADE % b"ok", UPGRADE % b"close"])
+def test_a_malformed_request_behind_another_one(first: bytes) -> None:
+    """An upgrade that is declined is followed by what is parsed after the answer.
+
+    aiohttp does not come to that if the answer closes the connection.
+    """
+
+    async def handle(request: web.Request) -> web.Response:
+        response = web.Response()
+        if request.path == "/close":
+            response.force_close()
+        return response
+
+    async def main() -> int:
+        app = web.Application()
+        app.router.add_get("/{name}", handle)
+        runner = web.AppRunner(app)
+        with no_collector():
+            before = len(alive(web_protocol.RequestHandler))
+            await runner.setup()
+            guard_server(runner)
+            service = await start(runner)
+            for _ in range(3):
+                client = await service.connect()
+                await client.send(first + b"not HTTP\r\n\r\n")
+                with contextlib.suppress(ConnectionError):
+                    while True:
+                        await client.answer()
+                client.close()
+            await service.settle()
+            left = len(alive(web_protocol.RequestHandler)) - before
+            await runner.cleanup()
+            return left
+
+    assert run(main()) == 0
 
 
 @pytest.mark.skipif(AIOHTTP < (3, 9), reason="it waits a minute for a busy handler")
