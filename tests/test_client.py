@@ -246,6 +246,39 @@ def test_a_timeout_that_flies_leaves_nothing(loop: str) -> None:
     assert run(main(), loop) == NOTHING
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="there are no task groups")
+@pytest.mark.parametrize(
+    ("end", "left"), [("swallow", 4), ("clear", 0), ("raise", 0), ("gather", 0)]
+)
+def test_a_task_group_of_calls(end: str, left: int) -> None:
+    """Its frame keeps the group that it raises, which only the handler sees."""
+
+    async def handle(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> web.Response:
+        try:
+            if end == "gather":
+                await asyncio.gather(*[read(request, session, url) for _ in range(2)])
+            else:
+                async with asyncio.TaskGroup() as tasks:  # type: ignore[attr-defined,unused-ignore]
+                    for _ in range(2):
+                        tasks.create_task(read(request, session, url))
+        except Exception as exc:
+            if end == "raise":
+                raise web.HTTPBadGateway from exc
+            if end == "clear":
+                exc.__traceback__ = None
+            return web.Response(status=502)
+        raise AssertionError
+
+    async def main() -> int:
+        async with gateway(handle, Upstream(())) as fixture:
+            assert (await fixture.ask())[0] == 502
+            return (await count_left(fixture))["BaseRequest"]
+
+    assert run(main()) == left
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("trusted", [True, False])
 @pytest.mark.parametrize("answer", [b"", HALF, NOT_HTTP])
