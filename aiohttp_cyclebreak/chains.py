@@ -167,8 +167,8 @@ def shortest_chain(
             between steps: the longest of these is one pass over all objects.
 
     Returns:
-        The chain; None when nothing else is seen to hold the object.  What runs is
-        not always seen before CPython 3.13.
+        The chain; None when nothing else is seen to hold the object.  What a function
+        that runs holds is not always seen before CPython 3.13.
 
     .. versionadded:: 0.1.0
     """
@@ -214,7 +214,7 @@ class Looking:
     """
 
     def __init__(self, target: object, *, most: int) -> None:
-        self._search = _Search([target], (), None, most)
+        self._search = _Search([target], (), None, most, is_careful=True)
         self._steps = self._search.steps()
 
     def step(self) -> bool:
@@ -265,8 +265,10 @@ class _Search:
         ignore: Iterable[object],
         budget: Optional[float],
         most: int = sys.maxsize,
+        is_careful: bool = False,
     ) -> None:
         self._most = most  # of the objects that may be met
+        self._is_careful = is_careful  # with what runs in other threads of a service
         self._pauses = False
         self._deadline = None if budget is None else time.monotonic() + budget
         self._late = False
@@ -323,7 +325,9 @@ class _Search:
             self._ignored.add(id(frame))
         if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             return  # its variables are those of a module or a class
-        variables = _variables(frame, elsewhere, self._ignored)
+        variables = None
+        if not (elsewhere and self._is_careful):
+            variables = _variables(frame, elsewhere, self._ignored)
         if variables is None:
             variables = [("", value) for value in _values(frame)]
         for name, value in variables:
@@ -796,28 +800,32 @@ def _variables(
     Args:
         frame: of the function.
         elsewhere: whether it runs in another thread, of which it is not known whether
-            it is traced.
+            it is traced: then they are left behind in it.
         snapshots: where to note the id of a dict that somebody else has.
     """
     if sys.version_info >= (3, 13):
         return list(frame.f_locals.items())
-    if (
-        elsewhere
-        or frame.f_trace is not None
-        or sys.gettrace() is not None
-        or sys.getprofile() is not None
-        or _may_share(frame.f_code.co_names)
-    ):
+    if any(
+        map(_is_in_python, (frame.f_trace, sys.gettrace(), sys.getprofile()))
+    ) or _may_share(frame.f_code.co_names):
         return None
     variables = frame.f_locals
     found = list(variables.items())
     # It stays in the frame.  If nobody else has it, nobody misses what is in it: the
     # frame, the variable, the argument.
-    if sys.getrefcount(variables) <= 3:
+    if sys.getrefcount(variables) <= 3 and not elsewhere:
         variables.clear()
     elif snapshots is not None:
         snapshots.add(id(variables))
     return found
+
+
+def _is_in_python(function: Any) -> bool:
+    """Whether a trace or profile function is: one in C, as coverage's, shares none."""
+    kind = type(function)
+    return kind in (FunctionType, MethodType) or any(
+        type(vars(each).get("__call__")) is FunctionType for each in _mro_of(kind)
+    )
 
 
 def _values(frame: FrameType) -> List[Any]:
@@ -1020,7 +1028,8 @@ def _how_dict(holder: Any, held: Any) -> str:
 def _how_frame(frame: FrameType, held: Any) -> str:
     variables: Optional[List[Tuple[str, Any]]] = []
     if frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-        variables = _variables(frame, _runs_elsewhere(frame))
+        elsewhere = sys.version_info < (3, 13) and _runs_elsewhere(frame)
+        variables = None if elsewhere else _variables(frame, False)
     for name, value in variables or ():
         if value is held or _is_cell_of(held, value):
             return _local(name)
