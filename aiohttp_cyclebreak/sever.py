@@ -15,6 +15,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 from types import (
+    CellType,
     CodeType,
     FrameType,
     FunctionType,
@@ -169,10 +170,16 @@ def returns_of(code: CodeType) -> FrozenSet[int]:
 
 
 def local_values(frame: FrameType) -> List[Any]:
-    """The values of a function's locals; a namespace of another's is not asked."""
+    """What a finished function has in its locals, and some of what it is made of.
+
+    Reading ``f_locals`` would bring up to date a dict that somebody else may have.  A
+    namespace of another's is not asked.
+    """
     if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
         return []
-    return list(frame.f_locals.values())
+    values = gc.get_referents(frame)
+    cells = [each for each in values if type(each) is CellType]
+    return values + [held for each in cells for held in gc.get_referents(each)]
 
 
 def is_exception(value: Any) -> bool:

@@ -22,6 +22,7 @@ from aiohttp_cyclebreak.sever import (
     in_flight,
     is_finished,
     leads_to,
+    local_values,
     returns_of,
     sever,
 )
@@ -524,6 +525,24 @@ def test_the_callers_behind_a_traceback_are_emptied_too() -> None:
         assert watched() is None
     finally:
         gc.enable()
+
+
+def test_reading_locals_changes_nothing() -> None:
+    """Somebody may have the dict of them, without what was deleted from it."""
+    kept: List[Dict[str, Any]] = []
+
+    def fail(first: Any, second: Any) -> None:
+        fields = locals()
+        del fields["first"]
+        kept.append(fields)
+        raise ValueError((lambda: second)())
+
+    first, second = Marker(), Marker()
+    exc = caught(lambda: fail(first, second))
+    values = [value for frame in frames_of(exc) for value in local_values(frame)]
+    for marker in (first, second):  # the second is in a cell
+        assert any(value is marker for value in values)
+    assert "first" not in kept[0]
 
 
 @pytest.mark.skipif(not COUNTS_ARE_EXACT, reason="they tell what is shared")
