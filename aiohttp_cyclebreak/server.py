@@ -110,7 +110,7 @@ def _guarded(
 
 
 @web.middleware
-async def _guarded_inside(
+async def guarded_middleware(
     request: web.Request, handler: "Handler"
 ) -> web.StreamResponse:
     """See what handlers raise before a middleware of the application swallows it.
@@ -139,5 +139,5 @@ def _guard_inside(app: web.Application) -> None:
     if not internals.has_middlewares(app):
         return
     for each in (app, *internals.subapps(app)):
-        internals.make_innermost(each, _guarded_inside)
+        internals.make_innermost(each, guarded_middleware)
     internals.run_middlewares(app)
