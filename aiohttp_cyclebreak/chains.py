@@ -268,7 +268,8 @@ class _Search:
         is_careful: bool = False,
     ) -> None:
         self._most = most  # of the objects that may be met
-        self._is_careful = is_careful  # with what runs in other threads of a service
+        # With what runs in other threads of a service: see _variables().
+        self._is_careful = is_careful and sys.version_info < (3, 13)
         self._pauses = False
         self._deadline = None if budget is None else time.monotonic() + budget
         self._late = False
