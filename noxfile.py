@@ -47,6 +47,14 @@ def entries(tagged=True):
     yield nox.param("3.11", SUSPECT, False, id=f"py3.11-aiohttp{SUSPECT}-pure")
 
 
+# Tests of what touches no release of aiohttp, and of what is read and written.
+NO_AIOHTTP = ("tests/test_sever.py", "tests/test_chains.py", "tests/test_cli.py")
+HTTP = (
+    *("tests/test_leaks.py", "tests/test_middleware.py", "tests/test_server.py"),
+    *("tests/test_hostile_clients.py", "tests/test_release_body.py"),
+)
+
+
 def requirement(aiohttp):
     """Give what to install for one version of aiohttp."""
     return "aiohttp" if aiohttp == NEWEST else f"aiohttp=={aiohttp}"
@@ -57,8 +65,10 @@ def requirement(aiohttp):
 def tests(session, aiohttp, extensions):
     """Run the tests; all of them beside aiohttp 3.10.11 on the main entries.
 
-    Elsewhere uvloop is left out, what starts processes, and what takes long.  What
-    starts processes is run on CPython 3.11 by the README's command, on the newest.
+    Elsewhere uvloop is left out, what starts processes, and what takes long; beside
+    other releases of aiohttp what does not touch it; and without C extensions all but
+    what reads and writes HTTP.  What starts processes is run on CPython 3.8, and on
+    3.11 by the README's command, on the newest.
     """
     session.install("-e", ".[test]", requirement(aiohttp))
     env = {} if extensions else {"AIOHTTP_NO_EXTENSIONS": "1"}
@@ -66,7 +76,11 @@ def tests(session, aiohttp, extensions):
     everything = extensions and (session.python, aiohttp) in MAIN and aiohttp != NEWEST
     if not which and not everything:
         which = ["-m", "not processes and not thorough", "-k", "not uvloop"]
-    elif not which and session.python == "3.11":
+        if not extensions:
+            which += HTTP
+        elif session.python == "3.11":
+            which += [f"--ignore={name}" for name in NO_AIOHTTP]
+    elif not which and session.python != "3.8":
         which = ["-m", "not processes"]
     session.run("python", "-c", "import aiohttp; print('aiohttp', aiohttp.__version__)")
     session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *which, env=env)
@@ -145,6 +159,24 @@ def pictures(session):
     for aiohttp in (SUSPECT, "3.10.10"):  # the last one that has CVE-2024-52303
         session.install("-e", ".", requirement(aiohttp))
         session.run("python", "docs/pictures.py", *session.posargs)
+
+
+@nox.session(python="3.11")
+def applications(session):
+    """Test three applications of others, bare and guarded: docs/keep_it_out.rst."""
+    others = ("aiohttp-devtools==1.1.2", "aiohttp-tus==1.1.0", "pytest-aiohttp")
+    session.install("-e", ".", requirement(SUSPECT), "pip", *others)
+    test = session.invoked_from + "/docs/examples/pytest_three_applications.py"
+    session.chdir(session.create_tmp())
+    source = ("--no-deps", "--no-binary", "aiohttp", requirement(SUSPECT))
+    session.run("python", "-m", "pip", "download", "-q", *source)
+    archive = f"aiohttp-{SUSPECT}"
+    session.run("tar", "-xzf", f"{archive}.tar.gz", external=True)
+    session.chdir(archive)  # examples is in it
+    run = ("python", "-m", "pytest", "-q", "--rootdir", ".", "-c", "/dev/null")
+    run += ("-o", "asyncio_mode=auto", "--import-mode=importlib", test)
+    session.run(*run, success_codes=[1])  # bare, some of them fail
+    session.run(*run, env={"GUARDED": "1"})
 
 
 @nox.session(python="3.11")
