@@ -78,7 +78,7 @@ def tests(session, aiohttp, extensions):
         which = ["-m", "not processes and not thorough", "-k", "not uvloop"]
         if not extensions:
             which += HTTP
-        elif session.python == "3.11":
+        elif aiohttp != SUSPECT:
             which += [f"--ignore={name}" for name in NO_AIOHTTP]
     elif not which and session.python != "3.8":
         which = ["-m", "not processes"]
