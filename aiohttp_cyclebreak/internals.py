@@ -661,7 +661,10 @@ def make_innermost(app: web.Application, middleware: Callable[..., Any]) -> None
 
     Adding a sub-application freezes its middlewares, long before anything runs.
 
-    aiohttp: ``Application._middlewares_handlers``, 3.8 to 3.14, innermost first.
+    aiohttp: ``Application._middlewares_handlers``, 3.8 to 3.14, innermost first, and
+    the process's cache of what is made of them, which it fills again:
+    ``web_app._build_middlewares`` in 3.10.6 to 3.10.10, ``._cached_build_middleware``
+    since 3.10.11.
     """
     middlewares = app.middlewares
     if not middlewares.frozen:
@@ -673,6 +676,11 @@ def make_innermost(app: web.Application, middleware: Callable[..., Any]) -> None
     if isinstance(handlers, tuple):
         others = tuple(each for each in handlers if each[0] is not middleware)
         app._middlewares_handlers = ((middleware, True), *others)
+        # The application may have been served without it.
+        for name in ("_build_middlewares", "_cached_build_middleware"):
+            forget_chains = getattr(getattr(web_app, name, None), "cache_clear", None)
+            if forget_chains is not None:
+                forget_chains()
 
 
 def has_middlewares(app: web.Application, *but: Callable[..., Any]) -> bool:

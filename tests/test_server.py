@@ -342,6 +342,26 @@ def test_one_application_guarded_by_several_runners() -> None:
     assert depths == depths[:1] * 6
 
 
+def test_an_application_that_was_served_before() -> None:
+    """Each route has a chain of middlewares by then, without ours."""
+
+    async def main(guarded: bool) -> int:
+        app = application(swallow)
+        first = web.AppRunner(app)
+        await first.setup()
+        service = await start(first)
+        await service.ask("/")
+        await service.ask("/sub/")
+        await service.settle()
+        second = web.AppRunner(app)
+        left = await requests_left(second, guarded, "/", "/sub/")
+        await first.cleanup()
+        return left
+
+    assert run(main(guarded=False)) == 2
+    assert run(main(guarded=True)) == 0
+
+
 def test_a_runner_of_ones_own_guards_itself() -> None:
     """What gunicorn's workers are given, and what replaces run_app()."""
 
