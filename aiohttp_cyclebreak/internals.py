@@ -223,20 +223,28 @@ def release_websocket(
 ) -> None:
     """Cut a finished websocket off from its request, its timers and the connection.
 
+    One whose handler raised is not closed yet: the next ping of its heartbeat fails,
+    closes it, and ends the connection if that is still open, as it is after an
+    :exc:`aiohttp.web.HTTPException`.
+
     aiohttp: ``StreamResponse._req``, 3.8 to 3.14; the timers of the heartbeat, 3.8
     to 3.14, some of which a dead peer leaves behind; and
     ``RequestHandler._data_received_cb``, 3.14.
     """
     if response is None or not is_websocket_of(request, response):
         return
-    for name in ("_heartbeat_cb", "_pong_heartbeat_cb", "_pong_response_cb"):
-        timer = getattr(response, name, None)
-        if isinstance(timer, asyncio.Handle):
-            timer.cancel()
-            setattr(response, name, None)
+    websocket = cast(web.WebSocketResponse, response)
     own: Any = response._req
-    if getattr(own.protocol, "_data_received_cb", None) is not None:
-        own.protocol._data_received_cb = None
+    transport = own.transport
+    if websocket.closed:
+        for name in ("_heartbeat_cb", "_pong_heartbeat_cb", "_pong_response_cb"):
+            timer = getattr(websocket, name, None)
+            if isinstance(timer, asyncio.Handle):
+                timer.cancel()
+                setattr(websocket, name, None)
+    if websocket.closed or transport is None or transport.is_closing():
+        if getattr(own.protocol, "_data_received_cb", None) is not None:
+            own.protocol._data_received_cb = None
     response._req = cast(web.BaseRequest, _PastRequest(own))
 
 

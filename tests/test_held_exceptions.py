@@ -3,7 +3,7 @@
 import asyncio
 import traceback
 import types
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Type
 
 import pytest
 from aiohttp import web
@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp_cyclebreak import cyclebreak, setup
 from aiohttp_cyclebreak.sever import graph, sever
 
-from .service import alive, no_collector, run, serve
+from .service import AIOHTTP, alive, no_collector, run, serve
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -306,6 +306,47 @@ def test_a_websocket_whose_peer_is_dead(guard: str) -> None:
                 return len(alive()) - before
 
     assert run(main(GUARDS[guard])) == 0
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("error", [ValueError, web.HTTPBadRequest])
+def test_a_heartbeat_closes_what_the_handler_left_open(
+    error: Type[Exception], guard: str
+) -> None:
+    """Who has a set of them asks which are closed; aiohttp may leave the connection."""
+    if error is ValueError and AIOHTTP < (3, 10):
+        pytest.skip("a ping that fails closes no websocket before aiohttp 3.10")
+
+    async def main(guard: Guard) -> Any:
+        sockets: List[web.WebSocketResponse] = []
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            websocket = web.WebSocketResponse(heartbeat=0.05)
+            await websocket.prepare(request)
+            sockets.append(websocket)
+            raise error
+
+        app = web.Application()
+        app.router.add_get("/", handler)
+        guard(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                client = await service.connect()
+                await client.get("/", *UPGRADE)
+                while not (sockets and sockets[0].closed):
+                    await asyncio.sleep(0.01)
+                server = service.runner.server
+                assert server is not None
+                while server.connections:
+                    await asyncio.sleep(0.01)
+                client.close()
+                left = len(alive()) - before
+                return left, sockets[0].close_code, type(sockets[0].exception())
+
+    bare = run(asyncio.wait_for(main(lambda app: None), 30))
+    guarded = run(asyncio.wait_for(main(GUARDS[guard]), 30))
+    assert guarded == (0, *bare[1:])
 
 
 @pytest.mark.parametrize("guard", GUARDS)
