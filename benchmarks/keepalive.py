@@ -26,15 +26,13 @@ KINDS = ("success", "failure")
 
 
 async def measure(
-    interpreter: str, rounds: int, size: int, connections: int, others: int, seed: int
+    interpreter: str, rounds: int, size: int, connections: int, seed: int
 ) -> Any:
     """Measure one process: what it runs, and seconds a request."""
     order = random.Random(seed)
     # In another order in each process: what was made first lies elsewhere in memory.
     ways = order.sample(WAYS, len(WAYS))
-    service = await Service.start(
-        interpreter, "--ways", *ways, "--objects", str(others)
-    )
+    service = await Service.start(interpreter, "--ways", *ways)
     taken: Taken = {kind: {way: [] for way in WAYS} for kind in KINDS}
     try:
         loads = {
@@ -68,7 +66,7 @@ async def main(
             runs = []
             for seed in range(processes):
                 service, taken = await measure(
-                    interpreter, rounds, size, connections, 0, seed
+                    interpreter, rounds, size, connections, seed
                 )
                 runs.append(taken)
             rows = compared(runs)

@@ -13,7 +13,7 @@ import time
 from typing import Any, Dict, List, NamedTuple, Sequence
 
 from clients import Load, upload
-from processes import FIXED, NEWEST, SUSPECT, Environments, Service, say
+from processes import FIXED, MILLION, NEWEST, SUSPECT, Environments, Service, say
 from ways import THRESHOLD, TIMER
 
 
@@ -27,8 +27,6 @@ class Contender(NamedTuple):
     control: str = "3.10.11"
     returns: bool = False
 
-
-MILLION = 1_000_000
 
 CONTENDERS = (
     Contender("3.10.11", SUSPECT),

@@ -12,6 +12,8 @@ HERE = Path(__file__).parent
 # CPython and aiohttp; each pair has a virtual environment of its own.
 SUSPECT, FIXED, NEWEST = "3.10.11", "3.11.18", "newest"
 
+MILLION = 1_000_000  # other objects in a process
+
 
 class Environments(NamedTuple):
     """Where the interpreters are: ``<CPython>-<aiohttp>`` is a folder of each."""

@@ -5,18 +5,19 @@ import io
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Sequence
 
-MILLION = 1_000_000
+from processes import MILLION
 
 Row = Sequence[Any]
 
 
-def table(title: str, head: Row, rows: Iterable[Row], widths: str = "auto") -> str:
+def table(title: str, head: Row, rows: Iterable[Row]) -> str:
     lines = [
         f".. csv-table:: {title}".rstrip(),
-        f"   :widths: {widths}",
+        "   :widths: auto",
         "   :header-rows: 1",
+        "   :class: performance",
+        "",
     ]
-    lines += ["   :class: performance", ""]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([head, *rows])
     lines += [f"   {line}" for line in text.getvalue().splitlines()]

@@ -17,8 +17,7 @@ from typing import Any, Dict, List
 import keepalive
 import load
 import report
-from load import MILLION
-from processes import NEWEST, SUSPECT, Environments, run_script, say
+from processes import MILLION, NEWEST, SUSPECT, Environments, run_script, say
 
 DOCS = Path(__file__).parent.parent / "docs" / "performance"
 
