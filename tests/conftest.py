@@ -1,11 +1,14 @@
 """What holds for every test."""
 
 import gc
-from typing import Iterator
+import logging
+from typing import Iterator, List
 
 import pytest
 
 from aiohttp_cyclebreak import calls, complaints, options
+
+from .service import Records
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +18,16 @@ def few_objects() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def log() -> Iterator[List[str]]:
+    """What the library logs."""
+    records = Records()
+    logger = logging.getLogger("aiohttp_cyclebreak")
+    logger.addHandler(records)
+    yield records.lines
+    logger.removeHandler(records)
 
 
 @pytest.fixture(autouse=True)

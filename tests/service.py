@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import logging
 import socket
 import struct
 from typing import Any, AsyncIterator, Callable, Coroutine, Dict, List, Tuple
@@ -133,10 +134,32 @@ class Service:
         await spin()
 
 
+async def go_away(service: Service, path: str = "/") -> None:
+    """Reset a connection while the server waits for its client to read."""
+    client = await service.connect()
+    await client.get(path)
+    server: Any = service.runner.server
+    while not any(
+        each.transport is not None and each.transport.get_write_buffer_size()
+        for each in server.connections
+    ):
+        await asyncio.sleep(0)
+    client.reset()
+    await service.settle()
+
+
 async def spin() -> None:
     """Let the loop do what it has been given, and what that gives it."""
     for _ in range(10):
         await asyncio.sleep(0)
+
+
+async def start(runner: Any, **site_options: Any) -> Service:
+    """Start a runner that is set up, on a free port of loopback."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    await web.SockSite(runner, sock, **site_options).start()
+    return Service(runner, sock.getsockname()[1])
 
 
 @contextlib.asynccontextmanager
@@ -149,13 +172,22 @@ async def serve(
     runner = web.AppRunner(app, **options)
     await runner.setup()
     guard(runner)
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    await web.SockSite(runner, sock).start()
+    service = await start(runner)
     try:
-        yield Service(runner, sock.getsockname()[1])
+        yield service
     finally:
         await runner.cleanup()
+
+
+class Records(logging.Handler):
+    """What is logged, as text: a record would hold its exception."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: List[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from aiohttp_cyclebreak import callers, complaints, connections, guard_server, holders
 
-from .service import LOOPS, Client, Service, run
+from .service import LOOPS, Client, run, start
 from .test_hostile_clients import TEXT_FRAME, UPGRADE, get, post
 from .test_interleavings import ANSWERS, Application
 
@@ -174,11 +174,9 @@ async def serving(bare: bool) -> Any:
     await runner.setup()
     if not bare:
         guard_server(runner, release_body=False)
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    await web.SockSite(runner, sock, backlog=4096).start()
+    service = await start(runner, backlog=4096)
     try:
-        yield Service(runner, sock.getsockname()[1])
+        yield service
     finally:
         await runner.cleanup()
 

@@ -21,6 +21,7 @@ from .service import (
     Service,
     run,
     spin,
+    start,
 )
 
 pytestmark = pytest.mark.usefixtures("few_objects")
@@ -219,7 +220,7 @@ def garbage(client: Client) -> None:
 FAULTS = {f.__name__: f for f in (close, reset, half_close, garbage)}
 
 
-async def start(
+async def start_state(
     state: State, name: str, timeout: float = 0.1, **options: Any
 ) -> Tuple[web.AppRunner, Service]:
     """Serve it guarded; what is still at work at the end is given *timeout* seconds."""
@@ -233,10 +234,7 @@ async def start(
     await runner.setup()
     if guard_runner is not None:
         guard_runner(runner)
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    await web.SockSite(runner, sock, **site_options).start()
-    return runner, Service(runner, sock.getsockname()[1])
+    return runner, await start(runner, **site_options)
 
 
 async def behave(client: Client) -> None:
@@ -265,7 +263,7 @@ async def go_wrong(
     sent, begins = PHASES[phase]
     state = State()
     reports = watch_callbacks()
-    runner, service = await start(state, name, **options)
+    runner, service = await start_state(state, name, **options)
     server: Any = runner.server
     other = await service.connect()
     await behave(other)
@@ -339,7 +337,7 @@ def test_a_client_that_sends_one_byte_at_a_time(loop: str) -> None:
 
     async def main(name: str) -> Dict[type, int]:
         state = State()
-        runner, service = await start(state, name)
+        runner, service = await start_state(state, name)
         with new_objects() as count:
             client = await service.connect()
             client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -369,7 +367,7 @@ def test_shutdown_with_clients_in_every_phase(cancellation: bool, loop: str) -> 
 
     async def main(name: str) -> Dict[type, int]:
         state = State()
-        runner, service = await start(state, name, **options)
+        runner, service = await start_state(state, name, **options)
         server: Any = runner.server
         with new_objects() as count:
             clients = []
@@ -455,12 +453,10 @@ def close_the_loop(name: str, end: str) -> None:
         await runner.setup()
         if name == "server":
             guard_server(runner)
-        sock = socket.socket()
-        sock.bind(("127.0.0.1", 0))
-        await web.SockSite(runner, sock).start()
+        service = await start(runner)
         clients = []
         for _ in range(VISITS):
-            clients.append(await Client.open(sock.getsockname()[1]))
+            clients.append(await service.connect())
             await clients[-1].send(get("/end"))
         await until(lambda: len(begun) == VISITS)
         return clients
@@ -529,10 +525,7 @@ def test_what_a_closed_loop_left_is_collected_during_a_request(
             setup(app)
         runner = web.AppRunner(app)
         await runner.setup()
-        sock = socket.socket()
-        sock.bind(("127.0.0.1", 0))
-        await web.SockSite(runner, sock).start()
-        service = Service(runner, sock.getsockname()[1])
+        service = await start(runner)
         assert await service.ask("/") == (409, "collected")
         assert await service.ask("/ok") == (200, "ok")
         await service.settle()

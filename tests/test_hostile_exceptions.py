@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import socket
 import sys
 import traceback
 from typing import Any, Callable, Dict, List, Optional, Tuple, Type
@@ -15,7 +14,7 @@ from aiohttp import web
 from aiohttp_cyclebreak import cyclebreak, guard_server, setup
 from aiohttp_cyclebreak.sever import frames_of, sever
 
-from .service import Service, run, serve
+from .service import run, serve, start
 from .test_hostile_clients import new_objects, until
 from .test_sever import Hostile
 
@@ -576,10 +575,7 @@ def test_a_router_that_raises(on_break: Any) -> None:
         runner = web.AppRunner(app)
         await runner.setup()
         guard_server(runner, on_break=on_break)
-        sock = socket.socket()
-        sock.bind(("127.0.0.1", 0))
-        await web.SockSite(runner, sock).start()
-        service = Service(runner, sock.getsockname()[1])
+        service = await start(runner)
         with new_objects() as count:
             statuses = [(await service.ask("/broken"))[0] for _ in range(VISITS)]
             await service.settle()

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import logging
 import traceback
 from dataclasses import FrozenInstanceError
 from typing import Any, Callable, Dict, List
@@ -456,24 +455,6 @@ def test_without_clearing_locals_stay_and_tracebacks_go() -> None:
     run(main())
     assert frames[-1].f_locals["secret"] == "local"
     assert held[0].__traceback__ is None
-
-
-class Records(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: List[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(self.format(record))
-
-
-@pytest.fixture
-def log() -> Any:
-    records = Records()
-    logger = logging.getLogger("aiohttp_cyclebreak")
-    logger.addHandler(records)
-    yield records.lines
-    logger.removeHandler(records)
 
 
 @pytest.mark.expects_complaint

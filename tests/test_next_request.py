@@ -22,8 +22,17 @@ from aiohttp_cyclebreak import (
     setup,
 )
 
-from .service import AIOHTTP, LOOPS, Client, alive, no_collector, run, serve, spin
-from .test_server import start
+from .service import (
+    AIOHTTP,
+    LOOPS,
+    Client,
+    alive,
+    no_collector,
+    run,
+    serve,
+    spin,
+    start,
+)
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 

@@ -1,8 +1,6 @@
 """What docs/safety.rst says is found and not mended: it is as bare, and no worse."""
 
 import asyncio
-import socket
-import struct
 from typing import Any, List
 
 import pytest
@@ -10,7 +8,7 @@ from aiohttp import web
 
 from aiohttp_cyclebreak import setup
 
-from .service import alive, no_collector, run, serve, spin
+from .service import alive, go_away, no_collector, run, serve, spin
 from .test_next_request import (
     GUARDS,
     application,
@@ -134,15 +132,7 @@ def test_a_client_that_goes_away_while_a_large_response_is_sent() -> None:
             before = len(alive())
             async with serve(app) as service:
                 for _ in range(3):
-                    client = await service.connect()
-                    await client.get("/large")
-                    await asyncio.sleep(0.1)
-                    # A reset, and no orderly end.
-                    client.sock.setsockopt(
-                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-                    )
-                    client.close()
-                    await service.settle()
+                    await go_away(service, "/large")
             return len(alive()) - before
 
     assert run(main(lambda app: None)) == run(main(setup)) == 3

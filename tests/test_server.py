@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import pathlib
-import socket
 import traceback
 from typing import Any, AsyncIterator, List
 
@@ -13,8 +12,16 @@ from aiohttp import web, web_protocol
 
 from aiohttp_cyclebreak import BreakEvent, guard_server
 
-from .service import AIOHTTP, LOOPS, Service, alive, no_collector, run
-from .test_middleware import Records, log  # noqa: F401
+from .service import (
+    AIOHTTP,
+    LOOPS,
+    Records,
+    alive,
+    go_away,
+    no_collector,
+    run,
+    start,
+)
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -40,13 +47,6 @@ def application(*middlewares: Any) -> web.Application:
     sub.router.add_get("/", refuse)
     app.add_subapp("/sub/", sub)
     return app
-
-
-async def start(runner: Any) -> Service:
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    await web.SockSite(runner, sock).start()
-    return Service(runner, sock.getsockname()[1])
 
 
 async def requests_left(runner: Any, guarded: bool, *paths: str, **options: Any) -> int:
@@ -166,20 +166,6 @@ async def swallow_and_stream(request: web.Request) -> web.StreamResponse:
 
 
 SENT = (respond, refuse_at_length, generate, stream, swallow_and_stream)
-
-
-async def go_away(service: Service) -> None:
-    """Reset a connection while the server waits for its client to read."""
-    client = await service.connect()
-    await client.get("/")
-    server: Any = service.runner.server
-    while not any(
-        each.transport is not None and each.transport.get_write_buffer_size()
-        for each in server.connections
-    ):
-        await asyncio.sleep(0)
-    client.reset()
-    await service.settle()
 
 
 async def left_by_clients_that_go(handler: Any, **options: Any) -> int:
@@ -454,10 +440,7 @@ def test_other_internals_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     run(main())
 
 
-def test_the_switch(
-    monkeypatch: pytest.MonkeyPatch,
-    log: List[str],  # noqa: F811
-) -> None:
+def test_the_switch(monkeypatch: pytest.MonkeyPatch, log: List[str]) -> None:
     """AIOHTTP_CYCLEBREAK=off leaves the server as it is."""
     monkeypatch.setenv("AIOHTTP_CYCLEBREAK", "off")
 
