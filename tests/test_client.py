@@ -1019,6 +1019,25 @@ def test_a_worker_may_log_late() -> None:
     run(main())
 
 
+def test_a_success_is_a_next_call_too() -> None:
+    """What the call before it has left goes, whatever becomes of this one."""
+
+    async def main() -> None:
+        errors: List[BaseException] = []
+        async with session_of(Upstream((NOT_HTTP, OK))) as (session, url):
+            try:
+                await call(session, url)
+            except FAILURES as exc:
+                errors.append(exc)
+            await asyncio.sleep(0)
+            assert markers_in(errors[0]) == 1
+            await call(session, url)
+            await asyncio.sleep(0)
+            assert markers_in(errors[0]) == 0
+
+    run(main())
+
+
 def test_an_exception_that_is_being_handled_is_left_whole() -> None:
     """Another call in the except block, which fails or not, is not the end of it."""
 
@@ -1131,9 +1150,13 @@ def test_a_task_that_outlives_its_request_is_on_its_own() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("answers", [(), (HALF,)])
 @pytest.mark.parametrize("call", [call, in_a_task, gathered])
-def test_a_stream_of_failing_calls_does_not_pile_up(call: Any) -> None:
-    """A handler that never ends has at most a hundred failed calls in hand."""
+def test_a_stream_of_failing_calls_does_not_pile_up(call: Any, answers: Any) -> None:
+    """A handler that never ends has at most a hundred failed calls in hand.
+
+    Those whose bodies break off are looked for now and then.
+    """
 
     async def main(guarded: bool) -> int:
         found = []
@@ -1150,7 +1173,7 @@ def test_a_stream_of_failing_calls_does_not_pile_up(call: Any) -> None:
             found.append(len(alive(Marker)))
             return "done"
 
-        async with gateway(handler, Upstream(()), guarded=guarded) as fixture:
+        async with gateway(handler, Upstream(answers), guarded=guarded) as fixture:
             with no_collector():
                 before = len(alive(Marker))
                 await fixture.ask()
