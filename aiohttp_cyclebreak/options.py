@@ -1,12 +1,13 @@
 """What was asked for? The options, checked when they are given, and the kill switch."""
 
 import inspect
-import logging
 import os
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional, Set, Tuple, Type
 
 from aiohttp import web
+
+from .complaints import logger
 
 __all__ = (
     "BodyReleasedError",
@@ -16,8 +17,6 @@ __all__ = (
     "make_options",
     "switched_off",
 )
-
-logger = logging.getLogger("aiohttp_cyclebreak")
 
 _VARIABLE = "AIOHTTP_CYCLEBREAK"
 # What has been logged of the switch: once in a process, however often it is asked.

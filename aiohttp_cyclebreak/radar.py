@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib
-import logging
 import sys
 import time
 from collections import deque
@@ -25,7 +24,7 @@ from weakref import WeakKeyDictionary, ref
 from aiohttp import web
 
 from . import internals
-from .complaints import complain, errors
+from .complaints import complain, errors, logger
 from .connections import kept_requests
 from .counts import UNMATCHED, Counts, Stats, route_of, type_name
 from .holders import Watching
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from .chains import Looking
 
 __all__ = ("Radar", "Watch", "find_watch", "stats", "watch_application", "watch_of")
-
-logger = logging.getLogger("aiohttp_cyclebreak")
 
 _SLICE = 500  # requests that are looked at without a pause
 _MANY = 10_000  # requests to remember before those that are gone are forgotten
