@@ -571,13 +571,11 @@ class _Search:
         target = self._index[id(each)]
         if target in self._live:
             return self._live_chain(target)
-        if self._late:
+        if self._late or _is_frozen():
             return self._unknown(target)
         cycle = self._cycle(target)
         if cycle is None:
-            return self._unknown(target) if _is_frozen() else None
-        if _is_frozen():
-            return self._unknown(target)
+            return None
         path = self._path([cycle[0]], target)
         if _is_dict_of(self._objects[cycle[0]], self._objects[cycle[-2]]):
             cycle = [cycle[-2], *cycle[:-1]]  # begin with the owner
