@@ -42,6 +42,7 @@ from aiohttp import web
 
 from .chains import shortest_chain
 from .middleware import setup
+from .probe import collect_garbage, requests_alive, spin
 from .server import guard_server
 
 __all__ = ("NotThere", "Target", "find", "parse_target")
@@ -215,12 +216,6 @@ def _name(cls: type) -> str:
     return name[len("builtins.") :] if name.startswith("builtins.") else name
 
 
-def _requests() -> List[web.BaseRequest]:
-    # Not isinstance(): the class is abstract, and remembers whom it is asked about; and
-    # a proxy may answer for its class with an error.
-    return [each for each in gc.get_objects() if web.BaseRequest in type(each).__mro__]
-
-
 # What a transport of asyncio is made of, beside its methods.
 _PARTS = (dict, tuple, list, deque, bytearray, socket.socket, TransportSocket)
 
@@ -254,18 +249,8 @@ def _of_asyncio(garbage: List[Any]) -> Set[int]:
 
 
 def _collect() -> List[Any]:
-    """Collect, and give what only that has freed, without asyncio's own.
-
-    It goes once the list goes, by another collection.
-    """
-    flags = gc.get_debug()
-    gc.set_debug(gc.DEBUG_SAVEALL)
-    try:
-        gc.collect()
-    finally:
-        gc.set_debug(flags)
-    garbage = gc.garbage[:]
-    gc.garbage.clear()
+    """As :func:`collect_garbage`, without asyncio's own."""
+    garbage = collect_garbage()
     asyncios = _of_asyncio(garbage)
     return [each for each in garbage if id(each) not in asyncios]
 
@@ -329,9 +314,9 @@ class _Server:
         await self._settle()
         gc.collect()
         gc.disable()
-        await _spin()  # finalizers may have put something into the loop
+        await spin()  # finalizers may have put something into the loop
         gc.collect()
-        self._before = set(map(id, _requests()))
+        self._before = set(map(id, requests_alive()))
         self._served = self._server.requests_count
         self._collections = _Collections()
         gc.callbacks.append(self._collections)
@@ -348,12 +333,12 @@ class _Server:
 
     async def spin(self) -> Dict[str, Any]:
         """Let the application begin with what has arrived."""
-        await _spin()
+        await spin()
         return {}
 
     async def end(self, collector: bool) -> Dict[str, Any]:
         """Count what there is, once all clients have gone."""
-        await _spin()
+        await spin()
         cpu = time.process_time() - self._cpu
         served = self._server.requests_count - self._served
         answer: Dict[str, Any] = {"cpu": cpu, "served": served}
@@ -364,15 +349,15 @@ class _Server:
         answer["collector_seconds"] = self._collections.seconds
         if collector:
             return answer
-        answer["left"] = max(0, len(_requests()) - len(self._before))
+        answer["left"] = max(0, len(requests_alive()) - len(self._before))
         garbage = _collect()
         types = Counter(_name(type(each)) for each in garbage)
         answer["garbage"] = dict(types.most_common())
         garbage.clear()
         gc.collect()
-        await _spin()
+        await spin()
         gc.collect()
-        answer["held"] = max(0, len(_requests()) - len(self._before))
+        answer["held"] = max(0, len(requests_alive()) - len(self._before))
         return answer
 
     async def explain(self, garbage: bool) -> Dict[str, Any]:
@@ -396,7 +381,7 @@ class _Server:
         return {"chains": found}
 
     def _new_requests(self) -> List[Any]:
-        return [each for each in _requests() if id(each) not in self._before]
+        return [each for each in requests_alive() if id(each) not in self._before]
 
     async def _settle(self) -> int:
         """Wait for the end of all connections, and for what they have started.
@@ -413,17 +398,11 @@ class _Server:
                 self._lasting.update(self._started())
                 break
             await asyncio.sleep(0.001)
-        await _spin()
+        await spin()
         return len(self._started())
 
     def _started(self) -> "Set[asyncio.Task[Any]]":
         return asyncio.all_tasks() - self._tasks
-
-
-async def _spin() -> None:
-    """Let the loop do what it has been given, and what that gives it."""
-    for _ in range(10):
-        await asyncio.sleep(0)
 
 
 def _read(

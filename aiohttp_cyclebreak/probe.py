@@ -30,7 +30,16 @@ from .leaks import Kind, Leak, Remedy, Step, gateway_of
 from .middleware import cyclebreak
 from .server import guard_server
 
-__all__ = ("Count", "Floor", "measure", "measure_floor", "remedy")
+__all__ = (
+    "Count",
+    "Floor",
+    "collect_garbage",
+    "measure",
+    "measure_floor",
+    "remedy",
+    "requests_alive",
+    "spin",
+)
 
 Steps = Sequence[Union[bytes, Step]]
 
@@ -231,20 +240,31 @@ def _collect() -> int:
     back.  An event loop has one for each file descriptor that a transport had, and
     how many those were is a matter of timing.
     """
+    garbage = len(collect_garbage())
+    gc.collect()
+    return garbage
+
+
+def collect_garbage() -> List[Any]:
+    """Collect, and give what only that has freed.
+
+    It goes once the list goes, by another collection.
+    """
     flags = gc.get_debug()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
         gc.collect()
     finally:
         gc.set_debug(flags)
-    garbage = len(gc.garbage)
+    garbage = gc.garbage[:]
     gc.garbage.clear()
-    gc.collect()
     return garbage
 
 
-def _requests() -> List[web.BaseRequest]:
-    # Not isinstance(): the class is abstract, and remembers whom it is asked about.
+def requests_alive() -> List[web.BaseRequest]:
+    """The requests that are there."""
+    # Not isinstance(): the class is abstract, and remembers whom it is asked about; and
+    # a proxy may answer for its class with an error.
     return [each for each in gc.get_objects() if web.BaseRequest in type(each).__mro__]
 
 
@@ -255,10 +275,10 @@ async def _settle(busy: Callable[[], Any], tasks: "set[asyncio.Task[Any]]") -> N
         if time.monotonic() > deadline:
             raise TimeoutError(f"still busy: {asyncio.all_tasks() - tasks!r}")
         await asyncio.sleep(0.001)
-    await _spin()
+    await spin()
 
 
-async def _spin() -> None:
+async def spin() -> None:
     """Let the loop do what it has been given, and what that gives it."""
     for _ in range(10):
         await asyncio.sleep(0)
@@ -337,7 +357,7 @@ async def measure(
                 for steps in leak.visits:
                     await client.pay(steps)
                     if Step.STAY in steps:
-                        await _spin()
+                        await spin()
                     else:
                         await _settle(busy, tasks)
 
@@ -351,17 +371,17 @@ async def measure(
             with collector_off():
                 before = server.requests_count
                 outgoing = gateway.connections if gateway is not None else 0
-                alive = len(_requests())
+                alive = len(requests_alive())
                 await visit(visits)
-                left = len(_requests()) - alive
+                left = len(requests_alive()) - alive
                 if leak.kind is Kind.LIVE:
-                    left = sum(body_size(each) > 0 for each in _requests())
+                    left = sum(body_size(each) > 0 for each in requests_alive())
                     await end()
                 garbage = _collect()
                 # What was collected may have put its finalizers into the loop.
                 await _settle(busy, tasks)
                 gc.collect()
-                permanent = len(_requests()) - alive
+                permanent = len(requests_alive()) - alive
             if gateway is not None:
                 outgoing = gateway.connections - outgoing
             return Count(

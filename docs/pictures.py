@@ -241,7 +241,7 @@ async def run(
         if leak.id.partition("/")[0] not in KEEPS_CONNECTION:
             steps = [close(step) for step in steps]
         await client.pay(steps)
-        await (probe._spin() if Step.STAY in steps else probe._settle(busy, tasks))
+        await (probe.spin() if Step.STAY in steps else probe._settle(busy, tasks))
 
     try:
         await visit()  # fills the caches
@@ -270,7 +270,7 @@ def close(step: Any) -> Any:
 
 def find(leak: Leak) -> object:
     """The object to explain: a request, or a connection where there is none."""
-    found: List[object] = list(probe._requests())
+    found: List[object] = list(probe.requests_alive())
     if not found:
         found = [each for each in gc.get_objects() if type(each) is RequestHandler]
     return found[-1]

@@ -770,13 +770,13 @@ def test_the_catalogue(leak: Leak, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def look_first() -> int:
         gc.unfreeze()
-        requests = probe._requests()
+        requests = probe.requests_alive()
         told[:] = zip(map(weakref.ref, requests), chains(requests))
         del requests
         return collect()
 
     monkeypatch.setattr(probe, "_collect", look_first)
-    before = {id(each) for each in probe._requests()}
+    before = {id(each) for each in probe.requests_alive()}
     count = run(measure(leak, NO_FLOOR, visits=2))
     if not count.left:
         pytest.skip("it leaves no request behind, only garbage")
