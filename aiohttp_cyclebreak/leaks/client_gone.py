@@ -53,7 +53,7 @@ LEAKS = (
     ),
     _leak(
         "stream",
-        "or while a handler streams, which swallows that",
+        "the client goes away while a handler streams, which swallows that",
         "/stream",
         "the handler",
     ),

@@ -82,5 +82,10 @@ LEAKS = (
         (Affected(python=(3, 11)),),
     ),
     _leak("generator", "an asynchronous generator raises", "/generator", (Affected(),)),
-    _leak("generator/abandoned", "one is abandoned", "/abandoned", (Affected(),)),
+    _leak(
+        "generator/abandoned",
+        "an asynchronous generator is abandoned",
+        "/abandoned",
+        (Affected(),),
+    ),
 )

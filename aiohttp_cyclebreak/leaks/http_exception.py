@@ -63,10 +63,26 @@ def _leak(variant: str, title: str, *sent: bytes) -> Leak:
 LEAKS = (
     _leak("", "the handler raises web.HTTPBadRequest", get()),
     _leak("/redirect", "the handler raises a redirect", get("/redirect")),
-    _leak("/too-large", "a body over client_max_size", post(bytes(2 * 1024**2))),
+    _leak(
+        "/too-large",
+        "the handler reads a body over client_max_size",
+        post(bytes(2 * 1024**2)),
+    ),
     _leak("/view", "a method of a web.View raises", get("/view")),
     _leak("/subapp", "a handler of a sub-application raises", get("/sub/")),
-    _leak("/chained", "raised from another exception", get("/translated")),
-    _leak("/close", "on a connection that is not kept", get("/", "Connection: close")),
-    _leak("/pipelined", "three pipelined requests", get(), get("/redirect"), get()),
+    _leak(
+        "/chained", "the handler raises it from another exception", get("/translated")
+    ),
+    _leak(
+        "/close",
+        "the handler raises, and the connection is not kept",
+        get("/", "Connection: close"),
+    ),
+    _leak(
+        "/pipelined",
+        "the handlers of three pipelined requests raise",
+        get(),
+        get("/redirect"),
+        get(),
+    ),
 )

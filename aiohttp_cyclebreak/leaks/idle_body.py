@@ -1,4 +1,4 @@
-"""An idle keep-alive connection keeps its last request, and that its body."""
+"""An idle keep-alive connection keeps its last request, with its body."""
 
 from aiohttp import web
 
@@ -38,7 +38,7 @@ LEAKS = (
     _leak("", "an idle keep-alive connection keeps a body", post(bytes(500_000))),
     _leak(
         "/form",
-        "and a form",
+        "an idle keep-alive connection keeps a form",
         post(
             b"a=" + b"b" * 500_000,
             path="/form",

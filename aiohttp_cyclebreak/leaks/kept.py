@@ -208,7 +208,7 @@ LEAKS = (
     ),
     Leak(
         id="singleton/cause",
-        title="the same, as the cause of another exception",
+        title="one exception instance is the cause of others, again and again",
         kind=Kind.PERMANENT,
         chain="the application -> exception -> traceback of every time -> request",
         affected=(Affected(),),
@@ -231,7 +231,7 @@ LEAKS = (
     ),
     Leak(
         id="late-read/own-error",
-        title="the same, where each payload has an error of its own",
+        title="a background task reads too late a body that has an error of its own",
         kind=Kind.DELAYED,
         chain=(
             "request -> payload -> PayloadAccessError -> traceback -> "

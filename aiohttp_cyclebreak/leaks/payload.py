@@ -112,7 +112,7 @@ LEAKS = (
     ),
     _leak(
         "/swallowed",
-        "the same, and the handler answers all the same",
+        "the client vanishes in a body, and the handler answers all the same",
         "/swallowed",
         b"x" * 4096,
         "text/plain",

@@ -39,8 +39,8 @@ def _leak(variant: str, title: str, visit: Visit, affected: Affected = _ALL) -> 
 
 
 LEAKS = (
-    _leak("probe", "a connection without a request: a probe", (), _CLOSE_CANCEL),
-    _leak("probe-reset", "the same, reset", (Step.RESET,), _CLOSE_CANCEL),
+    _leak("probe", "a probe: a connection without a request", (), _CLOSE_CANCEL),
+    _leak("probe-reset", "a probe that is reset", (Step.RESET,), _CLOSE_CANCEL),
     _leak(
         "partial",
         "the client closes in the middle of the headers",

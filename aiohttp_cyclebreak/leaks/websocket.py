@@ -108,5 +108,10 @@ LEAKS = (
     _leak("/invalid", "a websocket is sent an invalid frame", "/echo", _INVALID),
     _leak("/raise", "the handler of a websocket raises", "/fail", _TEXT),
     _leak("/stored", "a websocket is kept in its request", "/store", _TEXT),
-    _leak("/raise-late", "and after an invalid frame", "/late", _INVALID),
+    _leak(
+        "/raise-late",
+        "the handler of a websocket raises after an invalid frame",
+        "/late",
+        _INVALID,
+    ),
 )
