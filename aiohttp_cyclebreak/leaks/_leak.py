@@ -98,11 +98,11 @@ class Leak:
         title: one line: what sets it off.
         kind: delayed, permanent or live.
         chain: what holds what, from the holder to the request.
-        affected: the versions that have it: those of any of these.
-        upstream: where aiohttp's maintainers speak of it, or an empty string.
         build: adds handlers and middlewares to an application.
         visits: what clients do: one tuple a connection; bytes are sent, a
             :class:`Step` is taken, and at the end the connection is closed.
+        affected: the versions that have it: those of any of these.
+        upstream: where aiohttp's maintainers speak of it, or an empty string.
         remedy: what stops it.
     """
 
@@ -110,10 +110,10 @@ class Leak:
     title: str
     kind: Kind
     chain: str
-    affected: Tuple[Affected, ...]
-    upstream: str
     build: Callable[[web.Application], None]
     visits: Tuple[Visit, ...]
+    affected: Tuple[Affected, ...] = (Affected(),)
+    upstream: str = ""
     remedy: Remedy = Remedy.MIDDLEWARE
 
     def is_on(self, aiohttp: Tuple[int, ...], python: Tuple[int, ...]) -> bool:

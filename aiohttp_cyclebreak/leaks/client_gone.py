@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from ._leak import Affected, Kind, Leak, Remedy, Step, get
+from ._leak import Kind, Leak, Remedy, Step, get
 
 # More than the buffers of a connection take, so that aiohttp waits for the client.
 _SIZE = 20_000_000
@@ -36,8 +36,6 @@ def _leak(variant: str, title: str, path: str, frame: str) -> Leak:
             "frame of BaseProtocol._drain_helper -> future -> exception -> traceback "
             f"-> that frame, and that of {frame} -> request"
         ),
-        affected=(Affected(),),
-        upstream="",
         build=_build,
         visits=((get(path), Step.UNREAD, Step.RESET),),
         remedy=Remedy.SERVER,

@@ -1,11 +1,13 @@
 """The exception comes out of several tasks, of a group, or of a generator."""
 
 import asyncio
-from typing import AsyncIterator, Tuple
+from typing import AsyncIterator
 
 from aiohttp import web
 
 from ._leak import Affected, Kind, Leak, Step, get
+
+_ALL = Affected()
 
 
 async def _fail(request: web.Request) -> None:
@@ -60,32 +62,30 @@ def _build(app: web.Application) -> None:
     app.router.add_get("/abandoned", _abandon)
 
 
-def _leak(id: str, title: str, path: str, affected: Tuple[Affected, ...]) -> Leak:
+def _leak(id: str, title: str, path: str, affected: Affected = _ALL) -> Leak:
     return Leak(
         id=id,
         title=title,
         kind=Kind.DELAYED,
         chain="as http-exception, and through the frames of the other tasks",
-        affected=affected,
-        upstream="",
+        affected=(affected,),
         build=_build,
         visits=((get(path, "Connection: close"), Step.ANSWER),),
     )
 
 
 LEAKS = (
-    _leak("gather", "asyncio.gather() raises", "/gather", (Affected(),)),
+    _leak("gather", "asyncio.gather() raises", "/gather"),
     _leak(
         "task-group",
         "asyncio.TaskGroup raises an exception group",
         "/group",
-        (Affected(python=(3, 11)),),
+        Affected(python=(3, 11)),
     ),
-    _leak("generator", "an asynchronous generator raises", "/generator", (Affected(),)),
+    _leak("generator", "an asynchronous generator raises", "/generator"),
     _leak(
         "generator/abandoned",
         "an asynchronous generator is abandoned",
         "/abandoned",
-        (Affected(),),
     ),
 )

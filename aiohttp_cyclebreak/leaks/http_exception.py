@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from ._leak import Affected, Kind, Leak, Step, get, post
+from ._leak import Kind, Leak, Step, get, post
 
 _CHAIN = (
     "the exception -> traceback -> frame of RequestHandler._handle_request -> "
@@ -53,8 +53,6 @@ def _leak(variant: str, title: str, *sent: bytes) -> Leak:
         title=title,
         kind=Kind.DELAYED,
         chain=_CHAIN,
-        affected=(Affected(),),
-        upstream="",
         build=_build,
         visits=((*sent, *(Step.ANSWER for _ in sent)),),
     )

@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from ._leak import Affected, Kind, Leak, Step, Visit, post
+from ._leak import Kind, Leak, Step, Visit, post
 
 _CHAIN = "frame of RequestHandler.start, which is suspended -> request -> body"
 
@@ -27,8 +27,6 @@ def _leak(variant: str, title: str, sent: bytes) -> Leak:
         title=title,
         kind=Kind.LIVE,
         chain=_CHAIN,
-        affected=(Affected(),),
-        upstream="",
         build=_build,
         visits=(visit,),
     )

@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from ._leak import Affected, Kind, Leak, Step, post
+from ._leak import Kind, Leak, Step, post
 
 # The first bytes of a PNG file; the rest need not be an image to be no JSON.
 _IMAGE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 16
@@ -32,7 +32,6 @@ LEAKS = (
             "as close-cancel and http-exception: the connection's task, or the 413, "
             "-> traceback -> frame -> the request and its body"
         ),
-        affected=(Affected(),),
         upstream="https://github.com/aio-libs/aiohttp/issues/10548",
         build=_build,
         visits=tuple(

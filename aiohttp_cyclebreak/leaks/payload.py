@@ -4,7 +4,7 @@ from typing import Any
 
 from aiohttp import web
 
-from ._leak import Affected, Kind, Leak, Step, post
+from ._leak import Kind, Leak, Step, post
 
 _FORM = "application/x-www-form-urlencoded"
 _MULTIPART = "multipart/form-data; boundary=limit"
@@ -72,8 +72,6 @@ def _leak(variant: str, title: str, path: str, body: bytes, type: str) -> Leak:
             "request -> payload -> StreamReader._exception -> traceback -> "
             "frame of whoever read -> request"
         ),
-        affected=(Affected(),),
-        upstream="",
         build=_build,
         visits=((sent, Step.BEGUN), (sent, Step.BEGUN, Step.RESET)),
     )

@@ -4,7 +4,7 @@ import asyncio
 
 from aiohttp import web
 
-from ._leak import Affected, Kind, Leak, Step, get
+from ._leak import Kind, Leak, Step, get
 
 _CHAIN = (
     "frame of RequestHandler.start -> the request's task -> ConnectionError -> "
@@ -38,8 +38,6 @@ LEAKS = (
         title="the handler raises after prepare()",
         kind=Kind.DELAYED,
         chain=_CHAIN,
-        affected=(Affected(),),
-        upstream="",
         build=_build,
         visits=((get("/fail"), Step.BYTES),),
     ),
@@ -48,8 +46,6 @@ LEAKS = (
         title="the client vanishes while the response is written",
         kind=Kind.DELAYED,
         chain=_CHAIN,
-        affected=(Affected(),),
-        upstream="",
         build=_build,
         visits=((get("/stream"), Step.BYTES, Step.RESET),),
     ),

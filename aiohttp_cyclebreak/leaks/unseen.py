@@ -31,7 +31,6 @@ def _leak(variant: str, title: str, visit: Visit, affected: Affected = _ALL) -> 
             "traceback -> that frame; and as close-cancel, without a request"
         ),
         affected=(affected,),
-        upstream="",
         build=_build,
         visits=(visit,),
         remedy=Remedy.SERVER,

@@ -4,7 +4,7 @@ from typing import Any
 
 from aiohttp import web
 
-from ._leak import Affected, Kind, Leak, Step, Visit, get
+from ._leak import Kind, Leak, Step, Visit, get
 
 _OPEN = (
     "Upgrade: websocket",
@@ -85,8 +85,6 @@ def _leak(variant: str, title: str, path: str, sent: bytes, *end: Step) -> Leak:
         title=title,
         kind=Kind.DELAYED,
         chain=_CHAIN,
-        affected=(Affected(),),
-        upstream="",
         build=_build,
         visits=(steps,),
     )
@@ -98,8 +96,6 @@ LEAKS = (
         title="the handler of a websocket raises when the client is gone",
         kind=Kind.DELAYED,
         chain=_CHAIN,
-        affected=(Affected(),),
-        upstream="",
         build=_build,
         visits=((get("/close", *_OPEN), Step.BYTES, _TEXT),),
     ),
