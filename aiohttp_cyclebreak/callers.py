@@ -11,7 +11,7 @@ from . import calls, internals
 from .calls import Calls, Serving
 from .complaints import complain
 from .guard import follow
-from .holders import MOST, Holder, InUse, in_hand, leave, look_into, sort_out
+from .holders import MOST_NOTED, Holder, InUse, in_hand, leave, look_into, sort_out
 from .sever import sever
 
 __all__ = (
@@ -83,11 +83,11 @@ class _Caller(Holder):
         sorted_out = sort_out(roots, in_use)
         for _, own in sorted_out.ready:
             sever(own, spare=sorted_out.spare)
-        for exc in sorted_out.in_flight[-MOST:]:
+        for exc in sorted_out.in_flight[-MOST_NOTED:]:
             self.note(exc)
 
 
-def _calling_task() -> Optional[_Caller]:
+def _current_caller() -> Optional[_Caller]:
     task = asyncio.current_task()
     if task is None:
         return None
@@ -116,7 +116,7 @@ def note_call(made_with: Any) -> None:
             if serving.add(made_with):
                 _look_for_errors(serving)
             return
-        caller = _calling_task()
+        caller = _current_caller()
         if caller is None:
             return
         if caller.calls.add(made_with):
@@ -171,7 +171,7 @@ def note_failed_call(exc: BaseException) -> None:
             followed.note_call(exc, task)
             return
         # Outside of any, or nobody knows any more which task handles it.
-        caller = _calling_task()
+        caller = _current_caller()
         if caller is not None:
             caller.note_errors()
             caller.note(exc)

@@ -13,7 +13,7 @@ from .sever import graph, traceback_of
 
 __all__ = ("Calls", "Serving", "are_followed", "current", "follow", "serving_of")
 
-_MANY = 32
+_LEAST_LIMIT = 32  # followed at once before the dead are dropped
 
 
 class Calls:
@@ -24,11 +24,11 @@ class Calls:
     call, and what is dead is dropped whenever the number has doubled.
     """
 
-    __slots__ = ("_made_with", "_many")
+    __slots__ = ("_made_with", "_limit")
 
     def __init__(self) -> None:
         self._made_with: Dict[int, ref[Any]] = {}
-        self._many = _MANY
+        self._limit = _LEAST_LIMIT
 
     def add(self, each: Any) -> bool:
         """Follow a client's protocol, response or websocket.
@@ -38,7 +38,7 @@ class Calls:
         """
         made_with = self._made_with
         made_with[id(each)] = ref(each)
-        if len(made_with) < self._many:
+        if len(made_with) < self._limit:
             return False
         self.forget_dead()
         return True
@@ -48,7 +48,7 @@ class Calls:
         for key, found in list(self._made_with.items()):
             if found() is None:
                 del self._made_with[key]
-        self._many = max(_MANY, 2 * len(self._made_with))
+        self._limit = max(_LEAST_LIMIT, 2 * len(self._made_with))
 
     def errors(self) -> List[BaseException]:
         """The exceptions that those which are still there keep, if they keep frames."""

@@ -30,7 +30,7 @@ from .connections import (
 )
 from .counts import route_of
 from .holders import (
-    MOST,
+    MOST_NOTED,
     Holder,
     InUse,
     Watching,
@@ -74,7 +74,7 @@ def _name(function: Any) -> str:
 
 
 def _end_once_told(
-    owner: "Union[_Request, _Asked]", task: "asyncio.Future[Any]"
+    owner: "Union[_FollowedRequest, _Asked]", task: "asyncio.Future[Any]"
 ) -> None:
     # Without a variable for the request, whose references are counted below this.
     if internals.is_awaited(owner.request, task):
@@ -85,7 +85,7 @@ def _end_once_told(
         owner.end(task)
 
 
-class _Request(Holder):
+class _FollowedRequest(Holder):
     """A request that is followed to the end of its task."""
 
     __slots__ = (
@@ -96,8 +96,8 @@ class _Request(Holder):
         "connection",
         "calls",
         "callers",
-        "looks",
-        "many",
+        "is_scheduled",
+        "limit",
         "kept",
     )
 
@@ -112,8 +112,8 @@ class _Request(Holder):
         self.releases_body = False  # one of those
         self.calls: List[Serving] = []
         self.callers: Dict[int, ref[asyncio.Task[Any]]] = {}  # whose calls failed
-        self.looks = False
-        self.many = MOST
+        self.is_scheduled = False
+        self.limit = MOST_NOTED
         self.kept = False
 
     def add_options(self, options: Options) -> None:
@@ -133,13 +133,13 @@ class _Request(Holder):
     def note_call(self, exc: BaseException, task: "asyncio.Task[Any]") -> None:
         self.note(exc)
         self.callers[id(task)] = ref(task)
-        if len(self.exceptions) >= self.many and not self.looks:
-            self.looks = True
+        if len(self.exceptions) >= self.limit and not self.is_scheduled:
+            self.is_scheduled = True
             task.get_loop().call_soon(self.sever_older_ones)
 
     def sever_older_ones(self) -> None:
         try:
-            self.looks = False
+            self.is_scheduled = False
             own = internals.request_task(self.request)
             if own is None or _FOLLOWED not in self.request.__dict__:
                 return  # it has ended
@@ -150,11 +150,11 @@ class _Request(Holder):
             in_use = look_into(tasks, lists=True)
             older = [
                 exc
-                for exc in self.exceptions[: -MOST // 2]
+                for exc in self.exceptions[: -MOST_NOTED // 2]
                 if id(exc) not in in_use.exceptions
             ]
             self._take_out(older)
-            self.many = max(MOST, 2 * len(self.exceptions))
+            self.limit = max(MOST_NOTED, 2 * len(self.exceptions))
             if not self.kept:
                 self._sever(older, Emptied(), in_use)
         except Exception:
@@ -370,7 +370,7 @@ class _Asked:
             complain("letting go of a request")
 
     def _drop(self, task: "asyncio.Future[Any]") -> Optional[List[BaseException]]:
-        """As :meth:`_Request._drop`, of what was put off.
+        """As :meth:`_FollowedRequest._drop`, of what was put off.
 
         Returns:
             The exception that goes by itself now, if there is one; None: there is
@@ -394,9 +394,9 @@ class _Asked:
         connection.take_back()
         return [exc]
 
-    def _follow(self) -> _Request:
+    def _follow(self) -> _FollowedRequest:
         """Follow the request to its end, as others that keep something are."""
-        followed = _Request(self.request, self.connection)
+        followed = _FollowedRequest(self.request, self.connection)
         del self.request  # what is followed counts the references to it
         self.connection.following += 1
         followed.add_options(self.options)
@@ -419,7 +419,7 @@ def _release_payload(
 
 
 def _look_again_soon(
-    owner: "Union[_Request, _Asked]",
+    owner: "Union[_FollowedRequest, _Asked]",
     connection: Connection,
     exceptions: List[BaseException],
     are_dropped: bool,
@@ -446,7 +446,7 @@ def _look_again_soon(
 
 
 def _look_again(
-    owner: "Union[_Request, _Asked]",
+    owner: "Union[_FollowedRequest, _Asked]",
     connection: Connection,
     exceptions: List[BaseException],
     are_dropped: bool,
@@ -478,7 +478,7 @@ def _sever_from_task(
 
 
 def _release_read_body(
-    owner: "Union[_Request, _Asked]",
+    owner: "Union[_FollowedRequest, _Asked]",
     connection: Connection,
     exceptions: List[BaseException],
 ) -> bool:
@@ -542,17 +542,19 @@ def begin(request: web.BaseRequest, options: Options) -> None:
         complain("taking up a request")
 
 
-def follow(request: web.BaseRequest, options: Optional[Options]) -> Optional[_Request]:
+def follow(
+    request: web.BaseRequest, options: Optional[Options]
+) -> Optional[_FollowedRequest]:
     """Follow a request to the end of its task, if it is not followed yet."""
     if not internals.is_request(request):
         return None
-    followed: Optional[_Request] = request.__dict__.get(_FOLLOWED)
+    followed: Optional[_FollowedRequest] = request.__dict__.get(_FOLLOWED)
     if followed is None:
         task = internals.request_task(request)
         if task is None:
             return None
         connection = follow_connection(request.task)
-        followed = request.__dict__[_FOLLOWED] = _Request(request, connection)
+        followed = request.__dict__[_FOLLOWED] = _FollowedRequest(request, connection)
         task.add_done_callback(followed.done)
         if connection is not None:
             connection.following += 1

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .connections import Connection
 
 __all__ = (
-    "MOST",
+    "MOST_NOTED",
     "Holder",
     "InUse",
     "Watching",
@@ -60,7 +60,7 @@ pending: "Dict[int, ref[Connection]]" = {}
 
 # Of a request that has noted so many exceptions, all but half of that are severed while
 # it goes on: a handler can stream for ever, and its calls fail again and again.
-MOST = 100
+MOST_NOTED = 100
 
 _SOON = 1.0  # seconds
 
@@ -241,15 +241,14 @@ class _LeftOver:
     what nobody else does.
     """
 
-    __slots__ = ("exceptions", "held", "many", "looks")
+    __slots__ = ("exceptions", "held", "limit", "is_scheduled")
 
     def __init__(self) -> None:
         self.exceptions: Dict[int, Tuple[Callable[[], Any], bool]] = {}
         self.held: Dict[int, Tuple[BaseException, bool]] = {}
-        self.many = (
-            1  # to find who has one, all tasks are gone through: so many for one
-        )
-        self.looks = False
+        # Each look goes through all tasks, so it waits for more with many of them.
+        self.limit = 1
+        self.is_scheduled = False
 
     def add(self, exc: BaseException, clear_frames: bool) -> None:
         loop = asyncio.get_running_loop()
@@ -259,13 +258,16 @@ class _LeftOver:
             if not self.held:
                 loop.call_later(_SOON, self.look, context=Context())
             self.held[id(exc)] = exc, clear_frames
-        if len(self.exceptions) + len(self.held) >= self.many and not self.looks:
-            self.looks = True
+        if (
+            len(self.exceptions) + len(self.held) >= self.limit
+            and not self.is_scheduled
+        ):
+            self.is_scheduled = True
             loop.call_soon(self.look, context=Context())
 
     def look(self) -> None:
         try:
-            self.looks = False
+            self.is_scheduled = False
             left, self.held = self.held, {}
             for key, (found, clear_frames) in list(self.exceptions.items()):
                 exc = found()
@@ -274,21 +276,21 @@ class _LeftOver:
                 else:
                     left[key] = exc, clear_frames
             tasks = asyncio.all_tasks() if left else set()
-            in_use = look_into(_who_run([exc for exc, _ in left.values()], tasks))
+            in_use = look_into(_tasks_behind([exc for exc, _ in left.values()], tasks))
             for key, (exc, clear_frames) in left.items():
                 sorted_out = sort_out([exc], in_use)
                 for _, own in sorted_out.ready:
                     sever(own, clear_frames=clear_frames, spare=sorted_out.spare)
                 if not sorted_out.in_flight:
                     self.exceptions.pop(key, None)
-            while len(self.exceptions) > MOST + len(tasks):
+            while len(self.exceptions) > MOST_NOTED + len(tasks):
                 del self.exceptions[next(iter(self.exceptions))]
-            self.many = len(self.exceptions) + max(1, len(tasks) // 8)
+            self.limit = len(self.exceptions) + max(1, len(tasks) // 8)
         except Exception:
             complain("looking for what is left over")
 
 
-def _who_run(
+def _tasks_behind(
     exceptions: List[BaseException], tasks: "Iterable[asyncio.Task[Any]]"
 ) -> "List[asyncio.Task[Any]]":
     """Those tasks whose frames are in the tracebacks of exceptions."""

@@ -50,9 +50,9 @@ def export(app: web.Application, *, registry: CollectorRegistry = REGISTRY) -> N
         _exported[registry] = metrics
         if getattr(values.ValueClass, "_multiprocess", False):
             _of_process[:] = [metrics]
-    if watch is not None and metrics.show not in watch.told:
-        watch.told.append(metrics.show)
-        watch.left.append(metrics.forget)
+    if watch is not None and metrics.show not in watch.on_look:
+        watch.on_look.append(metrics.show)
+        watch.on_stop.append(metrics.forget)
 
 
 class _Metrics:
@@ -138,10 +138,10 @@ class _Metrics:
                 registry.unregister(each)
             raise
 
-    def show(self, app: Watch, found: Stats) -> None:
+    def show(self, watch: Watch, found: Stats) -> None:
         """Show what has changed for one application."""
-        before = self._parts.get(app, Stats())
-        self._parts[app] = found
+        before = self._parts.get(watch, Stats())
+        self._parts[watch] = found
         for key, times in found.severed.items():
             self.severed.labels(*key).inc(times - before.severed.get(key, 0))
         self.exceptions.inc(found.exceptions - before.exceptions)
@@ -151,12 +151,12 @@ class _Metrics:
         self._errors = found.errors
         self._show_what_is_alive()
 
-    def forget(self, app: Watch) -> None:
+    def forget(self, watch: Watch) -> None:
         """Show no requests of an application that has stopped."""
-        found = self._parts.get(app)
+        found = self._parts.get(watch)
         if found is not None:
             gone = replace(found, alive=0, outlived=0, overdue={}, oldest={})
-            self._parts[app] = gone
+            self._parts[watch] = gone
             self._show_what_is_alive()
 
     def _show_what_is_alive(self) -> None:

@@ -133,8 +133,8 @@ class Watch:
         self.radar = radar
         self.counts = Counts()
         # Called after each look, and when the application has stopped.
-        self.told: List[Callable[[Watch, Stats], None]] = []
-        self.left: List[Callable[[Watch], None]] = []
+        self.on_look: List[Callable[[Watch, Stats], None]] = []
+        self.on_stop: List[Callable[[Watch], None]] = []
         # Each request is in one of these: in the first until its response is over.
         self._unsettled: Deque[ref[web.BaseRequest]] = deque()
         self._cohorts: List[_Cohort] = []
@@ -181,9 +181,9 @@ class Watch:
             await asyncio.wait([task])
             self._task = None
             self._tell(time.monotonic())
-            for leave in self.left:
+            for stopped in self.on_stop:
                 try:
-                    leave(self)
+                    stopped(self)
                 except Exception:
                     complain("exporting that an application has stopped")
 
@@ -205,7 +205,7 @@ class Watch:
 
     def _tell(self, now: float) -> None:
         found = self.stats(now)
-        for tell in self.told:
+        for tell in self.on_look:
             try:
                 tell(self, found)
             except Exception:

@@ -379,7 +379,7 @@ def exceptions_in(values: Iterable[Any], lists: bool) -> List[BaseException]:
     return found
 
 
-def _open_loops(exceptions: List[BaseException]) -> None:
+def _cut_link_cycles(exceptions: List[BaseException]) -> None:
     """Cut the links by which exceptions come back to themselves.
 
     A printed traceback skips an exception that it has met already, so the text
@@ -443,7 +443,7 @@ def empty(frame: FrameType) -> bool:
         frame.clear()
     except RuntimeError:  # it executes, in this thread or in another
         return False
-    if times is not None and type(times) is _Times:  # which clear() forgets
+    if times is not None and type(times) is _SeveredIds:  # which clear() forgets
         frame.f_trace = times  # type: ignore[assignment]
     if sys.version_info < (3, 13) and _was_looked_at(frame):
         try:
@@ -649,15 +649,15 @@ def sever(
         for frame in frames_of(exc):
             tracebacks += not clear_frames or id(frame) in emptied.frames
         if clear_frames:
-            _forget_older_times(exc, emptied.frames)
+            _drop_older_entries(exc, emptied.frames)
         else:
             detach(exc)
     _empty_functions(new)
-    _open_loops(exceptions)
+    _cut_link_cycles(exceptions)
     return Cut(len(exceptions), tracebacks, len(new))
 
 
-class _Times(frozenset):  # type: ignore[type-arg]
+class _SeveredIds(frozenset):  # type: ignore[type-arg]
     """In a frame, the ids of the exceptions that were severed with it.
 
     A frame that is over is never traced again and has no other use for ``f_trace``,
@@ -667,7 +667,7 @@ class _Times(frozenset):  # type: ignore[type-arg]
     __slots__ = ()
 
 
-def _forget_older_times(exc: BaseException, emptied: Container[int]) -> None:
+def _drop_older_entries(exc: BaseException, emptied: Container[int]) -> None:
     """Cut off the part of a traceback that was there when it was severed before.
 
     One instance that is raised again and again puts the entries of each time before
@@ -686,12 +686,12 @@ def _forget_older_times(exc: BaseException, emptied: Container[int]) -> None:
         frame = entry.tb_frame
         if id(frame) in emptied:
             times: Any = frame.f_trace
-            if type(times) is not _Times:
-                times = _Times()
+            if type(times) is not _SeveredIds:
+                times = _SeveredIds()
             if id(frame) in new or id(exc) not in times:
                 newer = len(entries) + 1
                 new.add(id(frame))
-                frame.f_trace = _Times((*times, id(exc)))  # type: ignore[assignment]
+                frame.f_trace = _SeveredIds((*times, id(exc)))  # type: ignore[assignment]
             elif newer:
                 head = None
                 # Copied: another exception may share the entries.

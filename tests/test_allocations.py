@@ -207,7 +207,7 @@ def test_a_plain_failure_below_another_middleware_gets_one_callback(
 ):
     """That one may swallow it: its end is asked for no more than what became of it."""
     followed = []
-    monkeypatch.setattr(guard, "_Request", followed.append)
+    monkeypatch.setattr(guard, "_FollowedRequest", followed.append)
     monkeypatch.setattr(connections, "sort_out", followed.append)
     bare = callbacks_of("bare", paths).of_requests
     asked = [path == "/fail" for path in islice(cycle(paths), len(bare))]
@@ -228,7 +228,7 @@ def test_a_plain_failure_below_another_middleware_gets_one_callback(
 def test_a_plain_upload_gets_one_callback(way, paths, monkeypatch):
     """Its end is asked for, to let go of the body; nothing else of it is followed."""
     followed = []
-    monkeypatch.setattr(guard, "_Request", followed.append)
+    monkeypatch.setattr(guard, "_FollowedRequest", followed.append)
     monkeypatch.setattr(connections, "sort_out", followed.append)
     bare = callbacks_of("bare", paths).of_requests
     below = ["/fail"] if "below" in way else []

@@ -40,7 +40,7 @@ from aiohttp_cyclebreak import (
     keep_cycles,
     setup,
 )
-from aiohttp_cyclebreak.holders import MOST
+from aiohttp_cyclebreak.holders import MOST_NOTED
 from aiohttp_cyclebreak.leaks.gateway import Upstream
 
 from .service import AIOHTTP, LOOPS, Service, alive, no_collector, run, serve, spin
@@ -971,7 +971,7 @@ def test_a_worker_that_has_ended_leaves_nothing() -> None:
 @pytest.mark.parametrize("pauses", [False, True])
 def test_a_handler_has_the_failures_of_all_that_it_gathers(pauses: bool) -> None:
     """However many they are, until it has answered."""
-    number = 3 * MOST
+    number = 3 * MOST_NOTED
     kept: List[int] = []
 
     async def handler(
@@ -984,7 +984,7 @@ def test_a_handler_has_the_failures_of_all_that_it_gathers(pauses: bool) -> None
                 *(call(session, refused) for _ in range(number)), return_exceptions=True
             )
             if pauses:  # other calls fail while it reports them
-                for _ in range(MOST):
+                for _ in range(MOST_NOTED):
                     with contextlib.suppress(*FAILURES):
                         await call(session, refused)
             kept.append(sum(map(markers_in, failed)))

@@ -222,7 +222,7 @@ def shown(total: int, oldest: float) -> Dict[str, float]:
 def tell(app: web.Application, number: int) -> None:
     watch = watch_of(app)
     assert watch is not None
-    for each in watch.told:
+    for each in watch.on_look:
         each(watch, found_by(number))
 
 

@@ -815,7 +815,7 @@ def test_it_looks_once_an_interval() -> None:
     async def main() -> None:
         app = application(answer, options=Radar(interval=1e6))
         looks: List[Stats] = []
-        watching(app).told.append(lambda _, found: looks.append(found))
+        watching(app).on_look.append(lambda _, found: looks.append(found))
         async with serve(app) as service:
             for _ in range(3):
                 await service.ask("/answer/x")
@@ -903,7 +903,7 @@ def test_a_radar_that_fails_affects_no_request() -> None:
                 enough.set()
             raise ValueError("of a listener")
 
-        watching(app).told.append(fail)
+        watching(app).on_look.append(fail)
         async with serve(app) as service:
             await asyncio.wait_for(enough.wait(), TIMEOUT)
             assert await service.ask("/answer/x") == (200, "ok")
@@ -960,7 +960,7 @@ def test_it_runs_with_the_application() -> None:
             if found.outlived == expected:
                 looks.set()
 
-        watch.told.append(tell)
+        watch.on_look.append(tell)
         before = asyncio.all_tasks()
         for _ in range(2):
             async with serve(app) as service, serve(app):
