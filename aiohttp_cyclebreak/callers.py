@@ -21,7 +21,7 @@ __all__ = (
     "note_successful_call",
 )
 
-# By the id of its task; as followed_connections.
+# By the id of its task; as followed_connections, it keeps nothing alive.
 _callers: "Dict[int, ref[_Caller]]" = {}
 
 
@@ -130,7 +130,7 @@ def note_call(made_with: Any) -> None:
 def note_successful_call() -> None:
     """Tell a task whose earlier calls have failed that another one has ended."""
     if not in_hand:
-        return  # nobody's have
+        return  # nobody has noted any exception
     try:
         serving = calls.current.get()
         if serving is not None and not serving.over:
@@ -170,7 +170,7 @@ def note_failed_call(exc: BaseException) -> None:
         if followed is not None and task is not None:
             followed.note_call(exc, task)
             return
-        # Outside of any, or nobody knows any more which task handles it.
+        # Outside of any request, or it is not known any more which task handles it.
         caller = _current_caller()
         if caller is not None:
             caller.note_errors()

@@ -81,8 +81,8 @@ class Serving(Calls):
         super().__init__()
         self.options = [options]
         self.over = False  # tasks that outlive the request are on their own
-        # Every task that a handler starts, and for as long as it runs, has this in
-        # its context.
+        # Weakly: every task that a handler starts has this in its context, for as long
+        # as it runs.
         self.request = Watching(request)
 
 

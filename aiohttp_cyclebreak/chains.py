@@ -68,7 +68,7 @@ _RUNNERS = (
 _MACHINERY = (*_RUNNERS, __package__, "asyncio", "uvloop", "unittest", "threading")
 _LAST_ERROR = {"last_exc", "last_type", "last_value", "last_traceback"}
 _RESUMABLE = (CoroutineType, GeneratorType, AsyncGeneratorType)
-# What a call passes its arguments in, or a loop goes by, is held by a running function.
+# A running function holds these to pass arguments, or to go through a loop.
 _PASSING = (tuple, enumerate, zip, map)
 _SPECIAL = ("__traceback__", "__cause__", "__context__", "__self__", "__func__")
 _CHUNK = 64  # objects a call of gc.get_referrers(), which compares with each

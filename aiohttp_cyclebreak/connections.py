@@ -43,8 +43,8 @@ __all__ = (
     "unread_has_come",
 )
 
-# By the id of its task.  It keeps nothing alive: a connection is followed by a callback
-# of that, so one that is never finished (a loop that is closed too early) goes with it.
+# By the id of its task.  This keeps nothing alive: a callback of its task holds a
+# connection, which goes with that even if its loop was closed before it ended.
 followed_connections: "Dict[int, ref[Connection]]" = {}
 # Those of them that have nothing put off: after a plain success there is nothing to do.
 settled_connections: Set[int] = set()
@@ -55,8 +55,8 @@ keeping_connections: "Dict[int, ref[Connection]]" = {}
 # with them: a worker that goes on is in the traceback of each.
 _MOST_LATER = 4
 
-# Where the frame of a request's task is over; before CPython 3.13 frame.clear() closes
-# a coroutine that is suspended.
+# The last instructions of a request's task that is over; before CPython 3.13
+# frame.clear() would close a coroutine that is suspended.
 _RETURNS = frozenset() if HANDLE_REQUEST is None else returns_of(HANDLE_REQUEST)
 
 
@@ -120,8 +120,8 @@ class Connection:
         self.raised_by: Optional[web.BaseRequest] = None
         # The request whose task is asked in the end, until then.
         self.asked: Optional[web.BaseRequest] = None
-        # By those requests whose tasks are done while others are followed: they may be
-        # clones of one, below one handler.
+        # For requests whose tasks were done while others were still followed: they may
+        # be clones of one request, and share its frames.
         self.emptied: Optional[Emptied] = None
         self.task = ref(task)
         self.reference = ref(self, partial(_forget_connection, self.key))
@@ -152,7 +152,7 @@ class Connection:
         """
         exc = self.put_off
         if exc is not None:
-            # The attribute, the variable, the argument.
+            # References: the attribute, the variable, the argument.
             if getrefcount(exc) != 3 or not goes_by_itself(exc):
                 return False
             self.take_back()
@@ -171,8 +171,8 @@ class Connection:
         exc, raised_by = self.put_off, self.raised_by
         if exc is None or raised_by is None:
             return
-        # The attribute, the variable, the argument, the frame of the request's task;
-        # and that of the connection's, if that goes on.
+        # References: the attribute, the variable, the argument, the frame of the
+        # request's task; and that of the connection's, if that goes on.
         known = 4 if request is None else 5
         if (
             getrefcount(exc) == known
@@ -191,8 +191,8 @@ class Connection:
         if request is None:
             self.sever_shared(found)
         else:
-            # A task that was started eagerly is handling this request before all the
-            # callbacks of the earlier one's have run.
+            # A task that was started eagerly handles this request before all callbacks
+            # of the earlier one's task have run.
             asyncio.get_running_loop().call_soon(self.sever_shared, found)
 
     def sever_shared(self, exceptions: List[BaseException]) -> None:
@@ -217,7 +217,7 @@ class Connection:
             complain("releasing a body that was not read")
 
     def needs(self, exc: BaseException) -> bool:
-        """Whether an exception is put off whose request is being answered still."""
+        """Whether an exception is put off, and its request is still being answered."""
         raised_by = self.raised_by
         return (
             self.put_off is exc
@@ -249,7 +249,7 @@ class Connection:
         still = [exc for exc in roots if somebody_has(exc)]
         still += [exc for exc in sorted_out.in_flight if id(exc) in later]
         self.keep_for_later(still, clear_frames)
-        # Only those: what they lead to may be kept for good, or be others' to sever.
+        # Only those: what they lead to may be kept for good, or others may sever it.
         ready = [exc for _, own in sorted_out.ready for exc in own]
         spare = sorted_out.spare
         spare += [f for exc in ready if id(exc) not in later for f in frames_of(exc)]
@@ -335,7 +335,7 @@ def note_parser_error(task: Any, exc: BaseException) -> None:
 
 
 def kept_requests() -> Set[int]:
-    """The ids of the requests that exceptions lead to which are to be severed later."""
+    """The ids of the requests that are held by what is kept to be severed later."""
     return {
         id(value)
         for connection in [found() for found in list(followed_connections.values())]

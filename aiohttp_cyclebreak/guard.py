@@ -76,10 +76,10 @@ def _name(function: Any) -> str:
 def _end_once_told(
     owner: "Union[_FollowedRequest, _Asked]", task: "asyncio.Future[Any]"
 ) -> None:
-    # Without a variable for the request, whose references are counted below this.
+    # No variable may hold the request here: its references are counted further down.
     if internals.is_awaited(owner.request, task):
-        # Started eagerly, the task wakes the connection's task only after it has called
-        # this; and that one may log the exception still.
+        # A task that was started eagerly calls this before it wakes the connection's
+        # task, which may log the exception then.
         task.get_loop().call_soon(owner.end, task)
     else:
         owner.end(task)
@@ -212,8 +212,8 @@ class _FollowedRequest(Holder):
             return False
         exc = self.exceptions[0]
         response = internals.response_of(task)
-        # The list, the variable, the argument; for the response, its variable and
-        # the task's result too, its frame, and perhaps that of the connection.
+        # References: the list, the variable, the argument; for the response also its
+        # variable, the task's result and frame, and perhaps the connection's frame.
         known = 3
         if exc is response:
             known = 6 + connection.holds(exc)
@@ -229,7 +229,7 @@ class _FollowedRequest(Holder):
         if any(options.listener for options in self.options):
             frames = sum(1 for _ in frames_of(exc))
             self._tell(exc, Cut(exceptions=1, tracebacks=frames, frames=frames))
-        if exc is response:  # who else has it may stand in for one of those counted
+        if exc is response:  # the traceback stays: somebody else may have it after all
             empty_with_callers(next(frames_of(exc)))
         else:
             detach(exc)
@@ -249,7 +249,7 @@ class _FollowedRequest(Holder):
             in_use: what its own tasks need; None: they are done.
         """
         sorted_out = sort_out(roots, in_use, self._is_kept)
-        # Somebody runs with those who passed no middleware: a background task.
+        # Who has those in flight has passed no middleware: a background task.
         if in_use is not None:
             leave(sorted_out.in_flight, self._clears_frames)
         elif self.connection is not None:
@@ -319,7 +319,7 @@ class _FollowedRequest(Holder):
 
 
 def _emptied_by(connection: "Optional[Connection]") -> Emptied:
-    """What the requests have emptied that end with this one: clones of it, say."""
+    """What was emptied for requests that end with this one, such as its clones."""
     if connection is None:
         return Emptied()
     if connection.emptied is None:
@@ -328,11 +328,11 @@ def _emptied_by(connection: "Optional[Connection]") -> Emptied:
 
 
 class _Asked:
-    """A request whose task is asked, once it is done, what became of its exception.
+    """A request with so little to follow that its task is only asked once it is done.
 
-    It may have a body as well, which is let go then; there is nothing else to follow.
-    The connection's next request is not waited for: another middleware may answer it,
-    outside of ours.
+    That is what became of an exception that was put off, and a body to let go.  The
+    connection's next request is not waited for: a middleware outside of ours may answer
+    it.
     """
 
     __slots__ = ("request", "connection", "options")
@@ -380,8 +380,8 @@ class _Asked:
         exc = connection.put_off
         if exc is None or connection.raised_by is not self.request:
             return []
-        # The variable, the argument, the attribute, the task's result and its frame;
-        # perhaps that of the connection, which may have the next response already.
+        # References: the variable, the argument, the attribute, the task's result and
+        # frame; perhaps the connection's frame, if it has no later response yet.
         known = 5 + connection.holds(exc)
         if (
             getrefcount(exc) != known
@@ -427,7 +427,7 @@ def _look_again_soon(
 ) -> None:
     """Look once more when the task is gone, with its context and other callbacks.
 
-    They may come to a response that was raised, and to the body, and have the request.
+    Until then these may have the request, its body and a response that was raised.
 
     Args:
         owner: who has the request.
@@ -436,7 +436,7 @@ def _look_again_soon(
         are_dropped: whether these were to go by themselves.
         task: the task of the request, which is done.
     """
-    # Without a variable for the request, whose references are counted below this.
+    # No variable may hold the request here: its references are counted further down.
     if not exceptions and _release_read_body(owner, connection, exceptions):
         return
     look_again = partial(
@@ -498,8 +498,8 @@ def _release_read_body(
             if type(reference) is not Watching:
                 return False
         for exc in exceptions:
-            # What is left of the response's traceback goes with the response only.
-            # The list, the variable, the argument; the connection's variable.
+            # What is left of a response's traceback goes only when the response does.
+            # References: the list, the variable, the argument; the connection's frame.
             known = 3 + connection.holds(exc)
             if getrefcount(exc) == known and goes_by_itself(exc):
                 if not getweakrefs(exc):
@@ -507,7 +507,7 @@ def _release_read_body(
                     continue
                 for frame in frames_of(exc):
                     empty(frame)
-        # The attribute, the variable, the argument; the connection's variable.
+        # References: the attribute, the variable, the argument; the connection's frame.
         known = 3 + connection.holds(request)
         if (
             getrefcount(request) == known
@@ -765,7 +765,7 @@ def _look_at_calls(request: web.Request, options: Options) -> None:
     if serving.unread():
         follow(request, options)  # perhaps it is read to be the answer's own body
     if _FOLLOWED not in request.__dict__:
-        serving.over = True  # nothing looks at the request's end
+        serving.over = True  # nobody will look when the request ends
 
 
 def _release_websockets(

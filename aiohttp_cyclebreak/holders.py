@@ -58,7 +58,7 @@ in_hand: "Dict[int, Tuple[ref[Holder], ...]]" = {}
 # Connections that have put an exception off, by its id.
 pending: "Dict[int, ref[Connection]]" = {}
 
-# Of a request that has noted so many exceptions, all but half of that are severed while
+# When a request has noted so many exceptions, all but the last half are severed while
 # it goes on: a handler can stream for ever, and its calls fail again and again.
 MOST_NOTED = 100
 
@@ -156,8 +156,7 @@ def look_into(tasks: "Iterable[asyncio.Task[Any]]", lists: bool = False) -> InUs
     """Look, from a callback of the event loop, at what its tasks need.
 
     Args:
-        tasks: those; one that is done has its outcome, which who has the task may ask
-            for.
+        tasks: those; one that is done needs its outcome, which may still be asked for.
         lists: whether exceptions in lists count too, as ``gather()`` gives them.
     """
     in_use = InUse()
@@ -233,12 +232,12 @@ def sort_out(
 
 
 class _LeftOver:
-    """What tasks of one loop still ran with when those who had noted it were done.
+    """Exceptions that tasks of one loop have in hand, and nobody who has noted them.
 
-    Nobody tells when such a task is done with it, so they are looked at when more has
-    come.  An exception is held weakly; if its class does not allow that, as the
-    built-in ones do not, until one look that is soon: to hold it for longer could keep
-    what nobody else does.
+    Nobody tells when such a task is done with one, so they are looked at again when
+    more have come.  One is held weakly; if its class does not allow that, as built-in
+    ones do not, it is held until one look that is soon: to hold it for longer could
+    keep what nobody else does.
     """
 
     __slots__ = ("exceptions", "held", "limit", "is_scheduled")

@@ -547,9 +547,9 @@ def has_request(request: web.BaseRequest) -> bool:
     """Whether the connection still has a request: it is served, or was the last one.
 
     A connection serves one request at a time, and an idle keep-alive connection keeps
-    its last one, in a local variable of the coroutine that its task runs.  Another one
-    keeps the last response until the next: that may be an exception, whose traceback
-    leads to the request.  The collector is asked, as in :func:`connection_holds`.
+    its last one, in a local variable of the coroutine that its task runs.  Another
+    variable keeps the last response: that may be an exception, whose traceback leads to
+    the request.  The collector is asked, as in :func:`connection_holds`.
 
     aiohttp: the locals ``request`` and ``resp`` of ``RequestHandler.start``, its
     ``._task_handler``, ``StreamResponse._req`` and ``BaseRequest._payload_writer``,
@@ -577,7 +577,7 @@ def has_request(request: web.BaseRequest) -> bool:
 
 
 def all_tasks() -> "List[asyncio.Task[Any]]":
-    """The tasks of every loop, those that are done too, but for what C keeps from it.
+    """The tasks of every loop, done or not, as far as asyncio's Python code has them.
 
     asyncio: ``tasks._all_tasks``, 3.8 to 3.11, and ``tasks._scheduled_tasks``, 3.12
     and 3.13.  Without them, those of the running loop that are not done.
@@ -884,8 +884,8 @@ def error_of_call(made_with: Any) -> Optional[BaseException]:
 
 
 # A call that is tried again on another connection tells its tracing nothing of the
-# first attempt, whose exception the connection's protocol keeps.  Before, no call is
-# tried again, and afterwards nothing is kept.
+# first attempt, whose exception the connection's protocol keeps.  Before these releases
+# no call is tried again, and after them nothing is kept.
 KEEPS_FIRST_ATTEMPTS = (3, 10) <= _VERSION < (3, 11, 14)
 
 

@@ -36,12 +36,12 @@ def cyclebreak(
 
     ``app.middlewares.append(cyclebreak())`` is all there is to write.  Exceptions
     that pass are noted, and severed once the request's own task is done: after the
-    response, aiohttp's "Error handling request" and the access log.  Those that nobody
-    else has may wait until the connection's next request is handled, or its end, if no
-    middleware is outside of this one: aiohttp keeps the last response of a connection
-    for as long.  Appended last it is innermost, and sees what handlers raise before
-    another middleware of the application swallows it; for what outer middlewares raise,
-    see :func:`setup`.
+    response, aiohttp's "Error handling request" and the access log.  If no middleware
+    is outside of this one, an exception that nobody else has may wait until the
+    connection's next request has been handled, or the connection ends: aiohttp itself
+    keeps it for as long, as the last response.  Appended last, the middleware is the
+    innermost, and sees what handlers raise before another one of the application
+    swallows it; for what outer middlewares raise, see :func:`setup`.
 
     Args:
         clear_frames: empty the frames in the tracebacks of what was severed.  The
@@ -53,9 +53,9 @@ def cyclebreak(
             exception and all that it leads to are left exactly as they were.
         on_break: called with a :class:`BreakEvent` after each severing.
         release_body: let go of a request's body, read or not, and of its parsed form
-            once the response is sent, whoever has the request.  Otherwise only what was
-            read, and if nobody but the connection has the request: nobody can read it
-            again.  Who reads the body after that gets a :class:`BodyReleasedError`.
+            once the response is sent, whoever has the request.  Whoever reads it then
+            gets a :class:`BodyReleasedError`.  With False only a body that was read is
+            let go, and only if nobody but the connection has the request.
 
     An error in *keep* or *on_break* is logged once, on the logger
     ``aiohttp_cyclebreak``, and swallowed.  After one in *keep* the exception is kept;
@@ -213,7 +213,7 @@ def _make_watching_layer(
 
 
 def _make_inner_layer(options: Options, outermost: "Middleware") -> "Middleware":
-    # Below another layer that looks at what was returned, at its own cost.
+    # What is returned is looked at by the outermost layer alone.
     @web.middleware
     async def cyclebreak_middleware(
         request: web.Request, handler: "Handler"

@@ -68,9 +68,9 @@ class Radar:
         max_age: how long after its response a request may be alive, in seconds.
         interval: how often to look at the requests that are alive, in seconds; ages
             are measured by this, and so is the end of a response.
-        report_every: at most one report in so many seconds, and none while each
-            request that is overdue has been counted in one, and each route of theirs
-            has had a chain shown.
+        report_every: at most one report in so many seconds; none as long as each
+            request that is overdue was counted in an earlier one, and of each of their
+            routes a chain was shown.
         budget: how long the search for a chain may keep the event loop from its work,
             all its steps together, in milliseconds.
         max_pause: how long one of these steps may, in milliseconds.  One is a pass

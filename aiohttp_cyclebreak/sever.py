@@ -172,8 +172,8 @@ def returns_of(code: CodeType) -> FrozenSet[int]:
 def local_values(frame: FrameType) -> List[Any]:
     """What a finished function has in its locals, and some of what it is made of.
 
-    Reading ``f_locals`` would bring up to date a dict that somebody else may have.  A
-    namespace of another's is not asked.
+    Reading ``f_locals`` would bring up to date a dict that somebody else may have.
+    Those of a class body or ``exec()`` are not read: their namespace may be any object.
     """
     if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
         return []
@@ -215,7 +215,7 @@ def leads_on(exc: BaseException) -> bool:
     )
 
 
-# Others than one call have what is of these types, and they may be large.
+# Not of one call alone, and perhaps large.
 _NOT_ENTERED = (
     *(type, ModuleType, FunctionType),
     *(list, tuple, set, frozenset, dict, deque),
@@ -224,9 +224,10 @@ _MOST_LOOKED_AT = 1_000
 
 
 def leads_to(exc: BaseException, target: object) -> bool:
-    """Whether a local of an exception's finished frames has an object, or is it.
+    """Whether a local of an exception's finished frames is an object, or leads to it.
 
-    It has its attributes.  No container is entered, nor what a function closes over.
+    It does by its attributes, and theirs.  No container is entered, nor what a function
+    closes over.
     """
     found: List[Any] = []
     for frame in frames_of(exc):
@@ -438,13 +439,13 @@ def empty(frame: FrameType) -> bool:
     """
     if not is_finished(frame):
         return False
-    times: Any = frame.f_trace
+    severed: Any = frame.f_trace
     try:
         frame.clear()
     except RuntimeError:  # it executes, in this thread or in another
         return False
-    if times is not None and type(times) is _SeveredIds:  # which clear() forgets
-        frame.f_trace = times  # type: ignore[assignment]
+    if severed is not None and type(severed) is _SeveredIds:  # which clear() forgets
+        frame.f_trace = severed  # type: ignore[assignment]
     if sys.version_info < (3, 13) and _was_looked_at(frame):
         try:
             frame.f_locals  # noqa: B018
@@ -465,7 +466,7 @@ _MACHINERY = ("aiohttp", "asyncio", "uvloop")
 
 
 class Emptied:
-    """The frames that one severing after the other has emptied."""
+    """The frames that several severings, one after the other, have emptied."""
 
     __slots__ = ("_callers", "frames")
 
@@ -529,7 +530,7 @@ def _is_machinery(frame: FrameType) -> bool:
     return str(module).partition(".")[0] in _MACHINERY
 
 
-# The entry of the dict, the variable of the loop, the argument of the call.
+# Those of the dict's entry, of the loop's variable and of the call's argument.
 _OWN_REFERENCES = 3
 
 
@@ -596,12 +597,12 @@ def goes_by_itself(exc: BaseException) -> bool:
     count = sys.getrefcount
     inner = outer = None
     while traceback is not None:
-        # The exception or the entry before, the variable, the argument.
+        # References: the exception or the entry before, the variable, the argument.
         if count(traceback) != 3:
             return False
         inner = traceback.tb_frame
         if outer is not None:
-            # Its entry, the variable, the argument; perhaps the frame that it called.
+            # Its entry, the variable, the argument; perhaps that of what it called.
             references = count(outer)
             if references != 3 and (references != 4 or inner.f_back is not outer):
                 return False
@@ -630,8 +631,8 @@ def sever(
             may be suspended or executes is left alone.  Otherwise the tracebacks
             are taken off the exceptions, locals and all.
         spare: frames that something else still needs.
-        emptied: of the severings before this one whose exceptions have met what these
-            have; None: there were none.
+        emptied: by earlier severings, of exceptions that may share frames with these;
+            None: there were none.
 
     Returns:
         What was cut.
@@ -685,13 +686,13 @@ def _drop_older_entries(exc: BaseException, emptied: Container[int]) -> None:
     while entry is not None:
         frame = entry.tb_frame
         if id(frame) in emptied:
-            times: Any = frame.f_trace
-            if type(times) is not _SeveredIds:
-                times = _SeveredIds()
-            if id(frame) in new or id(exc) not in times:
+            severed: Any = frame.f_trace
+            if type(severed) is not _SeveredIds:
+                severed = _SeveredIds()
+            if id(frame) in new or id(exc) not in severed:
                 newer = len(entries) + 1
                 new.add(id(frame))
-                frame.f_trace = _SeveredIds((*times, id(exc)))  # type: ignore[assignment]
+                frame.f_trace = _SeveredIds((*severed, id(exc)))  # type: ignore[assignment]
             elif newer:
                 head = None
                 # Copied: another exception may share the entries.
