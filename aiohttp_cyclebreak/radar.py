@@ -414,7 +414,7 @@ def watch_of(app: web.Application) -> Optional[Watch]:
 def stats(app: web.Application) -> Stats:
     """Give the numbers of one application, as they are now.
 
-    This counts the requests that are alive, at some 50 ns each.
+    This counts the requests that are alive: the more there are, the longer it takes.
 
     Args:
         app: an application, for which ``setup(app, radar=Radar())`` was called.
