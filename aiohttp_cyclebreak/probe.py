@@ -44,6 +44,7 @@ __all__ = (
 Steps = Sequence[Union[bytes, Step]]
 
 _TIMEOUT = 60.0  # seconds; only a hang is this long
+_VISITS = 20  # of each kind, unless said otherwise
 
 
 @dataclass(frozen=True)
@@ -316,7 +317,7 @@ async def measure(
     floor: Floor,
     guard: Optional[Callable[[web.Application], Any]] = None,
     guard_runner: Optional[Callable[[web.AppRunner], Any]] = None,
-    visits: int = 20,
+    visits: int = _VISITS,
 ) -> Count:
     """Run one leak against a real server on loopback and count what is left.
 
@@ -396,7 +397,7 @@ async def measure(
             client.close()
 
 
-async def measure_floor(visits: int = 20) -> Floor:
+async def measure_floor() -> Floor:
     """Count the cyclic garbage of connections that have nothing to do with aiohttp."""
     loop = asyncio.get_running_loop()
     open_connections = set()
@@ -430,11 +431,11 @@ async def measure_floor(visits: int = 20) -> Floor:
     try:
         await count(1, partial(client.pay, (b"x",)))
         await count(1, call_out)
-        closed = await count(visits, partial(client.pay, (b"x",)))
+        closed = await count(_VISITS, partial(client.pay, (b"x",)))
         return Floor(
             closed=closed,
-            reset=await count(visits, partial(client.pay, (b"x", Step.RESET))),
-            outgoing=await count(visits, call_out) - closed,
+            reset=await count(_VISITS, partial(client.pay, (b"x", Step.RESET))),
+            outgoing=await count(_VISITS, call_out) - closed,
         )
     finally:
         client.close()

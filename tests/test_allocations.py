@@ -158,10 +158,9 @@ async def ask(client: Client, number: int, path: str = "/") -> None:
 # --- callbacks ------------------------------------------------------------------
 
 
-def callbacks_of(
-    way: str, paths: Sequence[str] = ("/",), number: int = 20
-) -> Callbacks:
+def callbacks_of(way: str, paths: Sequence[str] = ("/",)) -> Callbacks:
     callbacks = Callbacks()
+    number = 20
 
     async def main() -> None:
         async with serving(way, callbacks) as service:

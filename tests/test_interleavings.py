@@ -293,7 +293,6 @@ class Driver:
 async def interleave(
     steps: List[Tuple[Any, ...]],
     guard_app: Callable[[web.Application], Any],
-    guard_runner: Callable[[web.AppRunner], Any] = lambda runner: None,
 ) -> Dict[type, int]:
     """Take the steps; say what is left when all clients have gone."""
     application = Application()

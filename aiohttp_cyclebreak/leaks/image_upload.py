@@ -10,8 +10,8 @@ _JSON = b'{"image": "' + b"A" * 4096 + b'"}'
 _OVERSIZE = 1024**2 + 1  # client_max_size is 1 MiB unless set
 
 
-def _stretch(body: bytes, size: int) -> bytes:
-    return body + b" " * (size - len(body))
+def _enlarge(body: bytes) -> bytes:
+    return body + b" " * (_OVERSIZE - len(body))
 
 
 async def _receive(request: web.Request) -> web.Response:
@@ -37,7 +37,7 @@ LEAKS = (
         visits=tuple(
             (
                 post(
-                    _stretch(body, _OVERSIZE) if large else body,
+                    _enlarge(body) if large else body,
                     f"Connection: {connection}",
                     path="/image",
                     type=type,
