@@ -249,9 +249,9 @@ class Report:
         if self.is_clean or not self.plan.own_guard or not known:
             return ""
         return (
-            "Is there a guard? It did not see this: keep_cycles and keep= leave "
-            "requests alone, what a middleware outside of cyclebreak() raises takes "
-            "setup(app), and what comes to no middleware guard_server(runner)."
+            "Is there a guard? If so, it did not see this. keep_cycles and keep= leave "
+            "requests alone; what a middleware outside of cyclebreak() raises needs "
+            "setup(app); what no middleware sees needs guard_server(runner)."
         )
 
     def as_dict(self) -> Dict[str, Any]:
