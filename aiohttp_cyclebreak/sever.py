@@ -661,27 +661,36 @@ def sever(
 class _SeveredIds(frozenset):  # type: ignore[type-arg]
     """In a frame, the ids of the exceptions that were severed with it.
 
-    A frame that is over is never traced again and has no other use for ``f_trace``,
-    and what stands there goes with it.  In the exception itself it would be seen.
+    Where the entries of an exception's first time begin, its id stands negated as well.
+    A frame that is over is never traced again and has no other use for ``f_trace``, and
+    what stands there goes with it.  In the exception itself it would be seen.
     """
 
     __slots__ = ()
+
+
+# Entries of the first time that stay: it may be that of a thousand requests at once.
+_MOST_OF_FIRST_TIME = 100
 
 
 def _drop_older_entries(exc: BaseException, emptied: Container[int]) -> None:
     """Cut off the part of a traceback that was there when it was severed before.
 
     One instance that is raised again and again puts the entries of each time before
-    those of the last, and would gather them for good.
+    those of the last, and would gather them for good.  Those of the first time stay:
+    the last of them are where the exception comes from, be it a failure that is cached,
+    and whoever logs it the next time needs these.
 
     Args:
         exc: the exception.
         emptied: the ids of the frames that are empty: what runs on is in the entries
             of all times.
     """
+    key = id(exc)
     entries: List[TracebackType] = []
     newer = 0  # how many entries there are up to the last one of this time
     new: Set[int] = set()  # it may go through a frame twice, caught and raised again
+    is_first_time = True
     entry = traceback_of(exc)
     while entry is not None:
         frame = entry.tb_frame
@@ -689,18 +698,39 @@ def _drop_older_entries(exc: BaseException, emptied: Container[int]) -> None:
             severed: Any = frame.f_trace
             if type(severed) is not _SeveredIds:
                 severed = _SeveredIds()
-            if id(frame) in new or id(exc) not in severed:
+            if id(frame) in new or key not in severed:
                 newer = len(entries) + 1
                 new.add(id(frame))
-                frame.f_trace = _SeveredIds((*severed, id(exc)))  # type: ignore[assignment]
+                frame.f_trace = _SeveredIds((*severed, key))  # type: ignore[assignment]
             elif newer:
-                head = None
+                head = _of_first_time(entry, key)
+                if head is entry:
+                    return
                 # Copied: another exception may share the entries.
                 for each in reversed(entries[:newer]):
                     head = TracebackType(
                         head, each.tb_frame, each.tb_lasti, each.tb_lineno
                     )
                 _TRACEBACK.__set__(exc, head)
-                break
+                return
+            else:
+                is_first_time = False
         entries.append(entry)
         entry = entry.tb_next
+    if is_first_time:
+        for each in entries[-_MOST_OF_FIRST_TIME:]:
+            frame = each.tb_frame
+            if id(frame) in new:
+                severed = frame.f_trace
+                frame.f_trace = _SeveredIds((*severed, -key))  # type: ignore[assignment]
+                break
+
+
+def _of_first_time(entry: Optional[TracebackType], key: int) -> Optional[TracebackType]:
+    """Where the entries of the first time begin, of those from one on."""
+    while entry is not None:
+        severed: Any = entry.tb_frame.f_trace
+        if type(severed) is _SeveredIds and -key in severed:
+            return entry
+        entry = entry.tb_next
+    return None

@@ -114,6 +114,40 @@ def test_an_instance_raised_again_and_again_gathers_nothing() -> None:
     assert len(list(frames_of(instance))) < 10
 
 
+def test_an_instance_raised_again_and_again_prints_where_it_comes_from() -> None:
+    """A failure is cached; whoever logs it later finds the line that has failed."""
+
+    def look_up() -> None:
+        raise LookupError("cached")
+
+    def fail(cached: BaseException) -> None:
+        raise cached
+
+    first = caught(look_up)
+    sever([first])
+    sizes = []
+    for _ in range(5):
+        caught(lambda: fail(first))
+        assert "in look_up" in "".join(traceback.format_tb(first.__traceback__))
+        sizes.append(len(list(frames_of(first))))
+        sever([first])
+    assert sizes[1:] == sizes[1:2] * 4
+
+
+def test_of_very_many_entries_the_first_ones_are_forgotten() -> None:
+    """A thousand requests may have had it at once."""
+    instance = LookupError("one for all")
+
+    def fail() -> None:
+        raise instance
+
+    for times in (300, 1, 1):
+        for _ in range(times):
+            caught(fail)
+        sever([instance])
+    assert len(list(frames_of(instance))) < 150
+
+
 SUSPENDED = ("await", "yield", "yield from", "await in a loop")
 
 
