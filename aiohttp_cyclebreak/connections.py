@@ -10,7 +10,17 @@ import gc
 from contextvars import Context
 from functools import partial
 from sys import getrefcount
-from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    Container,
+    Dict,
+    Iterable,
+    List,
+    Optional,
+    Set,
+    Tuple,
+)
 from weakref import ref
 
 from aiohttp import web
@@ -109,8 +119,9 @@ class Connection:
         self.errors: List[BaseException] = []  # of aiohttp's parser
         # Releases a body that came after the answer, and says whether it has.
         self.unread: Optional[Callable[[], bool]] = None
-        # Exceptions that somebody had in hand, and whether to clear their frames.
-        self.later: Dict[int, Tuple[BaseException, bool]] = {}
+        # Exceptions that somebody had in hand, whether to clear their frames, and the
+        # ids of what is kept of those that they lead to.
+        self.later: Dict[int, Tuple[BaseException, bool, Container[int]]] = {}
         self.following = 0  # requests by a callback of their task
         # What a request has raised, and is severed when the next one has been handled
         # or the connection ends: until then aiohttp has it as well, as the response, in
@@ -226,29 +237,33 @@ class Connection:
         )
 
     def keep_for_later(
-        self, exceptions: Iterable[BaseException], clear_frames: bool
+        self,
+        exceptions: Iterable[BaseException],
+        clear_frames: bool,
+        kept: Container[int] = (),
     ) -> None:
         """Keep what somebody has in hand, until the connection goes on or ends.
 
         That is the last few; what came before is not kept alive.
         """
         for exc in exceptions:
-            self.later[id(exc)] = exc, clear_frames
+            self.later[id(exc)] = exc, clear_frames, kept
             keeping_connections[self.key] = self.reference
         while len(self.later) > _MOST_LATER:
-            oldest, clears = self.later.pop(next(iter(self.later)))
-            leave([oldest], clears)
+            oldest, clears, leads_to = self.later.pop(next(iter(self.later)))
+            leave([oldest], clears, leads_to)
 
     def sever_later_ones(self) -> None:
         """Sever what was kept for later, but for what somebody still has in hand."""
         later, self.later = self.later, {}
         keeping_connections.pop(self.key, None)
-        clear_frames = all(clear for _, clear in later.values())
-        roots = [exc for exc, _ in later.values()]
+        clear_frames = all(clear for _, clear, _ in later.values())
+        roots = [exc for exc, _, _ in later.values()]
         sorted_out = sort_out(roots)
         still = [exc for exc in roots if somebody_has(exc)]
         still += [exc for exc in sorted_out.in_flight if id(exc) in later]
-        self.keep_for_later(still, clear_frames)
+        for exc in still:
+            self.keep_for_later([exc], clear_frames, later[id(exc)][2])
         # Only those: what they lead to may be kept for good, or others may sever it.
         ready = [exc for _, own in sorted_out.ready for exc in own]
         spare = sorted_out.spare
@@ -264,8 +279,8 @@ class Connection:
             self.release_unread()
             if self.later:
                 self.sever_later_ones()
-            for exc, clear_frames in self.later.values():
-                leave([exc], clear_frames)
+            for exc, clear_frames, kept in self.later.values():
+                leave([exc], clear_frames, kept)
             for error in self.errors:
                 sever(graph(error))
         except Exception:
@@ -340,7 +355,7 @@ def kept_requests() -> Set[int]:
         id(value)
         for connection in [found() for found in list(followed_connections.values())]
         if connection is not None
-        for exc, _ in list(connection.later.values())
+        for exc, _, _ in list(connection.later.values())
         for frame in frames_of(exc)
         if is_finished(frame)  # what a task of its own runs is for itself
         for value in gc.get_referents(frame)

@@ -251,9 +251,11 @@ class _FollowedRequest(Holder):
         sorted_out = sort_out(roots, in_use, self._is_kept)
         # Who has those in flight has passed no middleware: a background task.
         if in_use is not None:
-            leave(sorted_out.in_flight, self._clears_frames)
+            leave(sorted_out.in_flight, self._clears_frames, sorted_out.kept)
         elif self.connection is not None:
-            self.connection.keep_for_later(sorted_out.in_flight, self._clears_frames)
+            self.connection.keep_for_later(
+                sorted_out.in_flight, self._clears_frames, sorted_out.kept
+            )
         for root, own in sorted_out.ready:
             own += _release_websockets(self.request, own)
             cut = sever(

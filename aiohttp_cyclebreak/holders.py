@@ -12,6 +12,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    Container,
     Dict,
     Iterable,
     List,
@@ -175,9 +176,10 @@ def look_into(tasks: "Iterable[asyncio.Task[Any]]", lists: bool = False) -> InUs
 class SortedOut:
     """What of some exceptions is to be severed, and what of them is needed."""
 
-    __slots__ = ("in_flight", "ready", "spare")
+    __slots__ = ("in_flight", "kept", "ready", "spare")
 
     def __init__(self) -> None:
+        self.kept: Set[int] = set()  # the ids of those to be left alone for good
         self.ready: List[Tuple[BaseException, List[BaseException]]] = []
         self.in_flight: List[BaseException] = []
         self.spare: List[FrameType] = []
@@ -222,6 +224,7 @@ def sort_out(
                 own.append(exc)
         if own:
             sorted_out.ready.append((root, own))
+    sorted_out.kept.update(kept)
     running = {id(frame) for exc in sorted_out.in_flight for frame in frames_of(exc)}
     if running:  # what shares a frame with one of those is to be looked at again too
         for _, own in sorted_out.ready:
@@ -243,20 +246,20 @@ class _LeftOver:
     __slots__ = ("exceptions", "held", "limit", "is_scheduled")
 
     def __init__(self) -> None:
-        self.exceptions: Dict[int, Tuple[Callable[[], Any], bool]] = {}
-        self.held: Dict[int, Tuple[BaseException, bool]] = {}
+        self.exceptions: Dict[int, Tuple[Callable[[], Any], bool, Container[int]]] = {}
+        self.held: Dict[int, Tuple[BaseException, bool, Container[int]]] = {}
         # Each look goes through all tasks, so it waits for more with many of them.
         self.limit = 1
         self.is_scheduled = False
 
-    def add(self, exc: BaseException, clear_frames: bool) -> None:
+    def add(self, exc: BaseException, clear_frames: bool, kept: Container[int]) -> None:
         loop = asyncio.get_running_loop()
         try:
-            self.exceptions[id(exc)] = ref(exc), clear_frames
+            self.exceptions[id(exc)] = ref(exc), clear_frames, kept
         except TypeError:
             if not self.held:
                 loop.call_later(_SOON, self.look, context=Context())
-            self.held[id(exc)] = exc, clear_frames
+            self.held[id(exc)] = exc, clear_frames, kept
         if (
             len(self.exceptions) + len(self.held) >= self.limit
             and not self.is_scheduled
@@ -268,16 +271,17 @@ class _LeftOver:
         try:
             self.is_scheduled = False
             left, self.held = self.held, {}
-            for key, (found, clear_frames) in list(self.exceptions.items()):
+            for key, (found, clear_frames, kept) in list(self.exceptions.items()):
                 exc = found()
                 if exc is None:
                     del self.exceptions[key]
                 else:
-                    left[key] = exc, clear_frames
+                    left[key] = exc, clear_frames, kept
             tasks = asyncio.all_tasks() if left else set()
-            in_use = look_into(_tasks_behind([exc for exc, _ in left.values()], tasks))
-            for key, (exc, clear_frames) in left.items():
-                sorted_out = sort_out([exc], in_use)
+            exceptions = [exc for exc, _, _ in left.values()]
+            in_use = look_into(_tasks_behind(exceptions, tasks))
+            for key, (exc, clear_frames, kept) in left.items():
+                sorted_out = sort_out([exc], in_use, partial(_is_among, kept))
                 for _, own in sorted_out.ready:
                     sever(own, clear_frames=clear_frames, spare=sorted_out.spare)
                 if not sorted_out.in_flight:
@@ -287,6 +291,10 @@ class _LeftOver:
             self.limit = len(self.exceptions) + max(1, len(tasks) // 8)
         except Exception:
             complain("looking for what is left over")
+
+
+def _is_among(ids: Container[int], exc: BaseException) -> bool:
+    return id(exc) in ids
 
 
 def _tasks_behind(
@@ -314,10 +322,20 @@ _left_over: "WeakKeyDictionary[asyncio.AbstractEventLoop, _LeftOver]" = (
 )
 
 
-def leave(exceptions: Iterable[BaseException], clear_frames: bool = True) -> None:
-    """Leave what tasks have in hand, to be severed when they are done with it."""
+def leave(
+    exceptions: Iterable[BaseException],
+    clear_frames: bool = True,
+    kept: Container[int] = (),
+) -> None:
+    """Leave what tasks have in hand, to be severed when they are done with it.
+
+    Args:
+        exceptions: what they have.
+        clear_frames: as for :func:`sever`.
+        kept: the ids of those among what these lead to that are left alone for good.
+    """
     for exc in exceptions:
         loop = asyncio.get_running_loop()
         if loop not in _left_over:
             _left_over[loop] = _LeftOver()
-        _left_over[loop].add(exc, clear_frames)
+        _left_over[loop].add(exc, clear_frames, kept)

@@ -12,6 +12,7 @@ import gc
 import inspect
 import itertools
 import sys
+import threading
 from collections import deque
 from dataclasses import dataclass
 from types import (
@@ -307,21 +308,53 @@ def in_flight(exc: BaseException, running: Container[int] = ()) -> bool:
     That is so when its traceback leads through a coroutine that is suspended:
     one exception can be raised in several tasks at once (a failed shared future,
     a module's one instance).  Suspended generators do not count; they are mostly
-    the request's own, left behind by the exception.
+    the request's own, left behind by the exception.  Nor does a function that runs on
+    in a thread which does not handle the exception any more: it has handed it on.
 
     Args:
         exc: the exception.
         running: the ids of frames that do not count: their tasks are known not to
             have it in hand.
     """
+    executing: Set[int] = set()
     traceback = traceback_of(exc)
     while traceback is not None:
         frame = traceback.tb_frame
         if not is_finished(frame) and not frame.f_code.co_flags & _GENERATOR:
             if id(frame) not in running:
-                return True
+                if frame.f_code.co_flags & _RESUMABLE:
+                    return True
+                executing.add(id(frame))
         traceback = traceback.tb_next
-    return False
+    return bool(executing) and not _have_threads_gone_on(executing, exc)
+
+
+def _have_threads_gone_on(executing: Set[int], exc: BaseException) -> bool:
+    """Whether functions that execute are those of threads, and none handles it.
+
+    Before CPython 3.11 it is not asked: there nothing tells that a function executes.
+
+    Args:
+        executing: the ids of their frames.
+        exc: the exception.
+    """
+    elsewhere = set(executing)  # such as in a greenlet that is suspended
+    tops = sys._current_frames()  # noqa: SLF001
+    tops.pop(threading.get_ident(), None)  # which has this function's own
+    for top in tops.values():
+        frame: Optional[FrameType] = top
+        while frame is not None and elsewhere:
+            elsewhere.discard(id(frame))
+            frame = frame.f_back
+    if elsewhere:
+        return False
+    handled: Any
+    for handled in sys._current_exceptions().values():  # noqa: SLF001
+        if type(handled) is tuple:  # before CPython 3.12
+            handled = handled[1]
+        if handled is not None and any(each is exc for each in graph(handled)):
+            return False
+    return True
 
 
 def awaiting_frames(coroutine: Any) -> Set[int]:
@@ -364,6 +397,9 @@ def handled_by(coroutine: Any, lists: bool = False) -> List[BaseException]:
         frame = getattr(each, "cr_frame", None) or getattr(each, "ag_frame", None)
         if frame is not None and sys.version_info < (3, 11):
             referents += gc.get_referents(frame)  # then it holds the locals itself
+        # What a nested function has too, or before CPython 3.12 a comprehension.
+        cells = [value for value in referents if type(value) is CellType]
+        referents += gc.get_referents(*cells)
         found += exceptions_in(referents, lists)
         todo += [value for value in referents if type(value).__name__ in _AWAITED]
     return found

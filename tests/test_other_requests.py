@@ -1,6 +1,8 @@
 """One exception in flight in several requests: none of them is disturbed."""
 
 import asyncio
+import queue
+import threading
 import traceback
 from typing import Any, Callable, Dict, List, Tuple, Type
 
@@ -428,6 +430,117 @@ def test_a_worker_that_goes_on_keeps_no_requests(
     open_, closed = run(main(GUARDS[install]))
     assert open_ <= connections._MOST_LATER
     assert closed == 0
+
+
+@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize("install", ["appended", "setup"])
+def test_a_thread_that_goes_on_keeps_no_requests(install: str, stays: bool) -> None:
+    """It runs one call after the other, as that of a database does."""
+
+    def work(calls: "queue.Queue[Any]") -> None:
+        for future in iter(calls.get, None):
+            try:
+                raise Down
+            except Exception as exc:
+                future.get_loop().call_soon_threadsafe(future.set_exception, exc)
+            future = None
+
+    async def main(guard: Any) -> List[int]:
+        calls: queue.Queue[Any] = queue.Queue()
+        thread = threading.Thread(target=work, args=(calls,), daemon=True)
+        thread.start()
+
+        async def handler(request: web.Request) -> web.Response:
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            calls.put(future)
+            await future
+            return web.Response()
+
+        async def translate(request: web.Request) -> web.Response:
+            try:
+                return await handler(request)
+            except Down as exc:
+                raise web.HTTPServiceUnavailable from exc
+
+        app = web.Application()
+        app.router.add_get("/", translate if stays else handler)
+        guard(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                client = await service.connect()
+                for number in range(10):
+                    if not stays and number:
+                        client.close()
+                        client = await service.connect()
+                    await client.get("/")
+                    assert (await client.answer())[0] == (503 if stays else 500)
+                await spin()
+                found = [len(alive()) - before]
+                client.close()
+                await service.settle()
+            await spin()
+            found.append(len(alive()) - before)
+            calls.put(None)
+            thread.join()
+        return found
+
+    assert min(run(main(lambda app: None))) >= 9
+    open_, closed = run(main(GUARDS[install]))
+    assert open_ <= connections._MOST_LATER
+    assert closed <= 2  # the thread may have been in its except block still
+
+
+def test_what_is_kept_is_left_alone_by_who_looks_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is the cause of what a worker was in the traceback of."""
+    monkeypatch.setattr(holders, "_SOON", 0)
+    kept: List[BaseException] = []
+
+    async def work(futures: "asyncio.Queue[Any]") -> None:
+        future = await futures.get()
+        try:
+            raise Down
+        except Down as exc:
+            future.set_exception(exc)
+        await futures.get()
+
+    def fail() -> None:
+        marker = "to be kept"  # noqa: F841
+        raise LookupError
+
+    async def main() -> None:
+        futures: asyncio.Queue[Any] = asyncio.Queue()
+        worker = asyncio.ensure_future(work(futures))
+
+        async def handler(request: web.Request) -> web.Response:
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            futures.put_nowait(future)
+            try:
+                fail()
+            except LookupError as exc:
+                kept.append(exc)
+            try:
+                await future
+            except Down as exc:
+                exc.__cause__ = kept[0]
+                raise
+            return web.Response()
+
+        app = web.Application()
+        app.router.add_get("/", handler)
+        setup(app, keep=lambda request, exc: isinstance(exc, LookupError))
+        async with serve(app) as service:
+            assert (await service.ask())[0] == 500
+            await service.settle()
+        await spin()
+        worker.cancel()
+        await asyncio.wait([worker])
+
+    run(main())
+    *_, frame = [each for each, _ in traceback.walk_tb(kept[0].__traceback__)]
+    assert frame.f_locals == {"marker": "to be kept"}
 
 
 def test_few_tasks_are_looked_into_for_what_is_left_over(

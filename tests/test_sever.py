@@ -5,6 +5,7 @@ import contextlib
 import functools
 import gc
 import sys
+import threading
 import traceback
 import weakref
 from collections import deque
@@ -19,6 +20,7 @@ from aiohttp_cyclebreak.sever import (
     Emptied,
     frames_of,
     graph,
+    handled_by,
     in_flight,
     is_finished,
     leads_to,
@@ -294,6 +296,61 @@ def test_an_exception_in_another_tasks_hands_is_in_flight() -> None:
         assert not in_flight(shared)
 
     asyncio.run(main())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="executing is not told there")
+def test_an_exception_that_a_thread_handles_is_in_flight() -> None:
+    """Until the thread has handed it on, and goes on itself."""
+    shared = ValueError("shared")
+    caught_it, handled, go_on = (threading.Event() for _ in range(3))
+    goes_on = threading.Event()
+
+    def work() -> None:
+        try:
+            raise shared
+        except ValueError:
+            try:
+                raise KeyError  # it has the other one as its context
+            except KeyError:
+                caught_it.set()
+                go_on.wait()
+        handled.set()
+        goes_on.wait()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    caught_it.wait()
+    assert in_flight(shared)
+    go_on.set()
+    handled.wait()
+    assert not in_flight(shared)
+    goes_on.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_what_a_task_has_in_a_variable_is_found(shares: bool) -> None:
+    """In one that a nested function uses as well."""
+    failure = ValueError("in a variable")
+
+    async def has_it() -> None:
+        local = failure
+        await asyncio.sleep(0)
+        del local
+
+    async def shares_it() -> None:
+        shared = failure
+
+        def use() -> BaseException:
+            return shared
+
+        await asyncio.sleep(0)
+        use()
+
+    coroutine = shares_it() if shares else has_it()
+    coroutine.send(None)
+    assert failure in handled_by(coroutine)
+    coroutine.close()
 
 
 def test_a_running_frame_is_left_alone() -> None:
