@@ -28,6 +28,7 @@ from . import internals
 from .complaints import complain
 from .sever import (
     awaiting_frames,
+    awaits_in,
     exceptions_in,
     frames_of,
     graph,
@@ -302,7 +303,7 @@ def _tasks_behind(
 ) -> "List[asyncio.Task[Any]]":
     """Those tasks whose frames are in the tracebacks of exceptions."""
     suspended = {
-        id(frame)
+        id(frame): frame.f_code
         for exc in exceptions
         for below in graph(exc)
         for frame in frames_of(below)
@@ -310,11 +311,8 @@ def _tasks_behind(
     }
     if not suspended:
         return []
-    return [
-        task
-        for task in tasks
-        if not suspended.isdisjoint(awaiting_frames(task.get_coro()))
-    ]
+    codes = set(map(id, suspended.values()))
+    return [task for task in tasks if awaits_in(task.get_coro(), suspended, codes)]
 
 
 _left_over: "WeakKeyDictionary[asyncio.AbstractEventLoop, _LeftOver]" = (

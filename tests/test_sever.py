@@ -18,6 +18,7 @@ from aiohttp_cyclebreak.sever import (
     COUNTS_ARE_EXACT,
     Cut,
     Emptied,
+    awaits_in,
     frames_of,
     graph,
     handled_by,
@@ -326,6 +327,25 @@ def test_an_exception_that_a_thread_handles_is_in_flight() -> None:
     assert not in_flight(shared)
     goes_on.set()
     thread.join()
+
+
+def test_a_coroutine_is_found_by_a_frame_that_it_awaits_in() -> None:
+    """Others of the same code are not."""
+
+    async def inner() -> None:
+        await asyncio.sleep(0)
+
+    async def outer() -> None:
+        await inner()
+
+    coroutines = [outer() for _ in range(3)]
+    for each in coroutines:
+        each.send(None)
+    frame = coroutines[1].cr_await.cr_frame
+    known = {id(frame)}, {id(frame.f_code)}
+    assert [awaits_in(each, *known) for each in coroutines] == [False, True, False]
+    for each in coroutines:
+        each.close()
 
 
 @pytest.mark.parametrize("shares", [False, True])
