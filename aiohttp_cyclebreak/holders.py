@@ -159,7 +159,8 @@ def look_into(tasks: "Iterable[asyncio.Task[Any]]", lists: bool = False) -> InUs
 
     Args:
         tasks: those; one that is done needs its outcome, which may still be asked for.
-        lists: whether exceptions in lists count too, as ``gather()`` gives them.
+        lists: whether exceptions in lists count too, as ``gather()`` gives them, and
+            in what is made of these.
     """
     in_use = InUse()
     for task in tasks:

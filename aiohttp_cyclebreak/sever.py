@@ -388,6 +388,8 @@ def awaits_in(coroutine: Any, frames: Container[int], codes: Container[int]) -> 
     return False
 
 
+_LONGEST_ROW = 10  # a pair of a URL and what has come of it, say
+
 # Among what a coroutine holds, the types of what it may wait for.
 _AWAITED = {
     "anext_awaitable",
@@ -405,7 +407,7 @@ def handled_by(coroutine: Any, lists: bool = False) -> List[BaseException]:
 
     Args:
         coroutine: that of the task.
-        lists: whether those in lists count too.
+        lists: as for :func:`exceptions_in`.
     """
     found: List[BaseException] = []
     seen: Set[int] = set()
@@ -427,14 +429,30 @@ def handled_by(coroutine: Any, lists: bool = False) -> List[BaseException]:
     return found
 
 
+_MOST_GATHERED = 10_000
+
+
 def exceptions_in(values: Iterable[Any], lists: bool) -> List[BaseException]:
-    """The exceptions among values, and, if asked for, in the lists among them."""
+    """The exceptions among values.
+
+    Args:
+        values: those.
+        lists: whether those in a list, a tuple or a dict among the values count too,
+            also as one of a pair, but if it has very many.
+    """
     found: List[BaseException] = []
     for value in values:
         if is_exception(value):
             found.append(value)
-        elif lists and type(value) in (list, tuple):
-            found += filter(is_exception, itertools.islice(value, _MOST_LOOKED_AT))
+        elif lists and type(value) in (list, tuple, dict):
+            if len(value) > _MOST_GATHERED:
+                continue
+            # Copied in one step: another thread may change it.
+            for each in list(value.values() if type(value) is dict else value):
+                if is_exception(each):
+                    found.append(each)
+                elif type(each) is tuple and len(each) <= _LONGEST_ROW:
+                    found += filter(is_exception, each)
     return found
 
 

@@ -968,10 +968,11 @@ def test_a_worker_that_has_ended_leaves_nothing() -> None:
     assert run(main()) == 0
 
 
-@pytest.mark.parametrize("pauses", [False, True])
-def test_a_handler_has_the_failures_of_all_that_it_gathers(pauses: bool) -> None:
-    """However many they are, until it has answered."""
+@pytest.mark.parametrize("gather", [list, enumerate, "in a dict", "at once"])
+def test_a_handler_has_the_failures_of_all_that_it_gathers(gather: Any) -> None:
+    """However many they are, and in whatever it has them, until it has answered."""
     number = 3 * MOST_NOTED
+    pauses = gather != "at once"
     kept: List[int] = []
 
     async def handler(
@@ -983,10 +984,18 @@ def test_a_handler_has_the_failures_of_all_that_it_gathers(pauses: bool) -> None
             failed: Any = await asyncio.gather(
                 *(call(session, refused) for _ in range(number)), return_exceptions=True
             )
+            if callable(gather):
+                failed = list(gather(failed))
+            elif pauses:
+                failed = dict(enumerate(failed))
             if pauses:  # other calls fail while it reports them
-                for _ in range(MOST_NOTED):
+                for _ in range(2 * number):
                     with contextlib.suppress(*FAILURES):
                         await call(session, refused)
+            if gather is enumerate:
+                failed = dict(failed)
+            if isinstance(failed, dict):
+                failed = failed.values()
             kept.append(sum(map(markers_in, failed)))
         return "ok"
 
