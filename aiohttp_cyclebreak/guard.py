@@ -735,7 +735,7 @@ def passed(
             error: Any = response  # an HTTPException that was caught and returned
             if isinstance(response, web.WebSocketResponse):
                 follow(request, options)
-                error = response.exception()
+                error = internals.error_of_websocket(response)
             if isinstance(error, BaseException):
                 note(request, error, options)
         if calls.are_followed:
@@ -786,7 +786,7 @@ def _release_websockets(
             for value in local_values(frame):
                 if internals.is_websocket_of(request, value):
                     internals.release_websocket(request, value)
-                    error = value.exception()
+                    error = internals.error_of_websocket(value)
                     if error is not None:
                         found.update((id(below), below) for below in graph(error))
     for exc in exceptions:

@@ -36,6 +36,7 @@ __all__ = (
     "connection_task",
     "error_of_call",
     "error_of_last_attempt",
+    "error_of_websocket",
     "follow_websockets",
     "forget_missing_route",
     "guard_connections",
@@ -876,6 +877,21 @@ def error_of_call(made_with: Any) -> Optional[BaseException]:
         getattr(made_with, "content", None),  # None until the headers have come
         getattr(made_with, "_reader", None),
     ):
+        exception = getattr(each, "exception", None)
+        error: Any = None if exception is None else exception()
+        if is_exception(error):
+            return error  # type: ignore[no-any-return]
+    return None
+
+
+def error_of_websocket(websocket: web.WebSocketResponse) -> Optional[BaseException]:
+    """The exception of a websocket of the server's, or of what it has not read.
+
+    A client may break the protocol although the handler only sends.
+
+    aiohttp: ``exception()``, and ``WebSocketResponse._reader``, 3.8 to 3.14.
+    """
+    for each in (websocket, getattr(websocket, "_reader", None)):
         exception = getattr(each, "exception", None)
         error: Any = None if exception is None else exception()
         if is_exception(error):

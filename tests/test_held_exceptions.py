@@ -308,6 +308,40 @@ def test_a_websocket_whose_peer_is_dead(guard: str) -> None:
     assert run(main(GUARDS[guard])) == 0
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_websocket_whose_client_breaks_the_protocol_unread(
+    guard: str, fails: bool
+) -> None:
+    """The handler only sends, and never gets to know: the reader keeps the error."""
+
+    async def main(guard: Guard) -> int:
+        async def handler(request: web.Request) -> web.StreamResponse:
+            websocket = web.WebSocketResponse()
+            await websocket.prepare(request)
+            await websocket.send_str("hello")
+            if fails:
+                raise ValueError("while sending")
+            return websocket
+
+        app = web.Application()
+        app.router.add_get("/", handler)
+        guard(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                client = await service.connect()
+                head = "\r\n".join(("GET / HTTP/1.1", "Host: a", *UPGRADE, "", ""))
+                # At once, so that it is parsed below the handler's frame.
+                await client.send(head.encode() + b"no frame at all")
+                assert (await client.answer())[0] == 101
+                client.close()
+                await service.settle()
+                return len(alive()) - before
+
+    assert run(main(GUARDS[guard])) == 0
+
+
 @pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("error", [ValueError, web.HTTPBadRequest])
 def test_a_heartbeat_closes_what_the_handler_left_open(
