@@ -30,12 +30,14 @@ from .complaints import complain
 from .holders import leave, pending, somebody_has, sort_out
 from .internals import HANDLE_REQUEST, has_gone_on
 from .sever import (
+    COUNTS_ARE_EXACT,
     Emptied,
     empty_with_callers,
     frames_of,
     goes_by_itself,
     graph,
     is_finished,
+    leads_on,
     returns_of,
     sever,
     traceback_of,
@@ -271,11 +273,31 @@ class Connection:
         own = [exc for exc in ready if id(exc) in later]
         sever(own, clear_frames=clear_frames, spare=spare)
 
+    def _sever_cancellation(self, task: "asyncio.Future[Any]") -> None:
+        """Sever what a connection was cancelled with while it sent a response.
+
+        With ``handler_cancellation=True`` a client that goes away does that, after all
+        middlewares.  What came through a handler is the request's, and so is what it
+        leads to; here it is nobody's but the task's.
+        """
+        error = internals.cancellation_of(task)
+        if (
+            error is not None
+            and internals.is_of_sending(frames_of(error))
+            and not leads_on(error)
+            # The task, the variable, the argument.
+            and COUNTS_ARE_EXACT
+            and getrefcount(error) == 3
+        ):
+            self.sever_shared([error])
+
     def done(self, task: "asyncio.Future[Any]") -> None:
         try:
             if self.frame is not None:
                 empty_with_callers(self.frame)
             self.sever_put_off(None)
+            if task.cancelled():
+                self._sever_cancellation(task)
             self.release_unread()
             if self.later:
                 self.sever_later_ones()

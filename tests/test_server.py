@@ -168,10 +168,13 @@ async def swallow_and_stream(request: web.Request) -> web.StreamResponse:
 SENT = (respond, refuse_at_length, generate, stream, swallow_and_stream)
 
 
-async def left_by_clients_that_go(handler: Any, **options: Any) -> int:
+async def left_by_clients_that_go(
+    handler: Any, cancellation: bool = False, **options: Any
+) -> int:
     app = web.Application()
     app.router.add_get("/", handler)
-    runner = web.AppRunner(app, access_log_format="%r %s")
+    serving: Any = {"handler_cancellation": True} if cancellation else {}
+    runner = web.AppRunner(app, access_log_format="%r %s", **serving)
     with no_collector():
         before = len(alive())
         await runner.setup()
@@ -191,6 +194,23 @@ def test_clients_that_go_away_while_something_is_sent(handler: Any, loop: str) -
     """The future that aiohttp's writer waits for keeps the exception that it raises."""
     assert run(left_by_clients_that_go(handler, guarded=False), loop) == 3
     assert run(left_by_clients_that_go(handler), loop) == 0
+
+
+@pytest.mark.skipif(AIOHTTP < (3, 9), reason="it cancels no handler")
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("handler", SENT)
+def test_clients_that_go_away_and_cancel_what_is_sent(handler: Any, loop: str) -> None:
+    """The connection's task keeps the cancellation, and its frames the request.
+
+    Before aiohttp 3.11.14 the request has that task; what was raised as the response
+    has the request then, which makes a circle without a frame.
+    """
+    left = run(left_by_clients_that_go(handler, cancellation=True), loop)
+    if handler is refuse_at_length and AIOHTTP < (3, 11, 14):
+        bare = left_by_clients_that_go(handler, cancellation=True, guarded=False)
+        assert left <= run(bare, loop)
+    else:
+        assert left == 0
 
 
 def test_clients_that_go_away_while_a_file_is_sent(tmp_path: pathlib.Path) -> None:
