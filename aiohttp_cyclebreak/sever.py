@@ -38,6 +38,7 @@ from typing import (
     Set,
     Tuple,
 )
+from weakref import getweakrefcount
 
 __all__ = (
     "COUNTS_ARE_EXACT",
@@ -640,6 +641,8 @@ if (3, 11) <= sys.version_info < (3, 14):
         cells: Dict[int, List[Any]] = {}
         while COUNTS_ARE_EXACT:
             for function in _pop_unshared(functions):
+                if getweakrefcount(function):  # who has one calls it while it is there
+                    continue
                 function.__defaults__ = function.__kwdefaults__ = None
                 closure = function.__closure__
                 # The function, the variable, the argument: a copy shares it whole.

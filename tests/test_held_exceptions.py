@@ -3,6 +3,7 @@
 import asyncio
 import traceback
 import types
+import weakref
 from typing import Any, Callable, Dict, List, Type
 
 import pytest
@@ -245,6 +246,50 @@ def test_a_copy_of_a_function_keeps_what_it_closes_over() -> None:
     exc, copy = make()
     sever(graph(exc))
     assert copy() == "closed over"
+
+
+def test_a_function_that_is_referred_to_weakly_works_while_it_is_there() -> None:
+    """A receiver of a signal, as blinker has them; who has the exception has it."""
+    receivers: Any = weakref.WeakSet()
+    failures: List[ValueError] = []
+
+    async def fail(request: web.Request) -> web.Response:
+        name = request.path
+
+        def receive(fail: bool = False, *, suffix: str = "!") -> str:
+            if fail:
+                raise ValueError(name)
+            return name + suffix
+
+        receivers.add(receive)
+        receive(fail=True)
+        return web.Response()
+
+    async def send(request: web.Request) -> web.Response:
+        return web.Response(text=" ".join(receive() for receive in receivers))
+
+    @web.middleware
+    async def keep_last(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except ValueError as exc:
+            failures.append(exc)
+            return web.Response(status=500)
+
+    async def main(guard: Guard) -> str:
+        failures.clear()
+        app = web.Application(middlewares=[keep_last])
+        app.router.add_get("/fail", fail)
+        app.router.add_get("/send", send)
+        guard(app)
+        async with serve(app) as service:
+            await service.ask("/fail")
+            return (await service.ask("/send"))[1]
+
+    with no_collector():
+        for guard in GUARDS.values():
+            # Before CPython 3.11 the exception's frames do not have the function.
+            assert run(main(guard)) in ("/fail!", "")
 
 
 @pytest.mark.parametrize("guard", GUARDS)
