@@ -617,6 +617,45 @@ def test_what_an_exception_says_of_itself_stays() -> None:
     assert left == 0
 
 
+def test_an_instance_raised_again_says_where_it_was_raised_first() -> None:
+    """A circuit breaker raises the failure again that opened it; each is logged."""
+    failure: List[OSError] = []
+    logged: List[List[str]] = []
+
+    def call_upstream() -> None:
+        raise OSError("down")
+
+    @web.middleware
+    async def log(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except OSError as exc:
+            entries = traceback.extract_tb(exc.__traceback__)
+            logged.append([entry.name for entry in entries])
+            raise
+
+    async def handler(request: web.Request) -> web.Response:
+        if failure:
+            raise failure[0]
+        try:
+            call_upstream()
+        except OSError as exc:
+            failure.append(exc)
+            raise
+        return web.Response()
+
+    def guard_app(app: web.Application) -> None:
+        app.middlewares.append(log)
+        setup(app)
+
+    for _ in range(2):
+        assert run(ask_and_count(handler, guard_app))[1] == 0
+    assert len(logged) == 2 * VISITS
+    assert {names[-1] for names in logged} == {"call_upstream"}
+    # That of its first time, of its last, and of this one.
+    assert max(names.count("handler") for names in logged) == 3
+
+
 def test_an_instance_raised_without_its_old_traceback_keeps_all_of_the_new() -> None:
     """Old entries are known by what they are, not by where in memory they were."""
     instance = LookupError("one for all")
