@@ -1,6 +1,8 @@
 """Exceptions that the application holds on to, and requests that overlap."""
 
 import asyncio
+import queue
+import threading
 import traceback
 import types
 import weakref
@@ -290,6 +292,51 @@ def test_a_function_that_is_referred_to_weakly_works_while_it_is_there() -> None
         for guard in GUARDS.values():
             # Before CPython 3.11 the exception's frames do not have the function.
             assert run(main(guard)) in ("/fail!", "")
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_failures_that_a_worker_thread_has_passed_on(guard: str) -> None:
+    """Its loop is in their tracebacks, and goes on: aiosqlite and AnyIO have such."""
+    jobs: Any = queue.SimpleQueue()
+
+    def fail() -> None:
+        raise ValueError("in the thread")
+
+    def work() -> None:
+        for future in iter(jobs.get, None):
+            try:
+                fail()
+            except ValueError as exc:
+                error = exc
+            # Not in the block: what a thread handles is left alone for the moment.
+            future.get_loop().call_soon_threadsafe(future.set_exception, error)
+            del error, future
+
+    async def handler(request: web.Request) -> web.Response:
+        failure = asyncio.get_running_loop().create_future()
+        jobs.put(failure)
+        await failure
+        return web.Response()
+
+    async def main() -> int:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        GUARDS[guard](app)
+        async with serve(app) as service:
+            for _ in range(3):
+                assert (await service.ask())[0] == 500
+            await service.settle()
+        return len(alive())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        with no_collector():
+            before = len(alive())
+            assert run(main()) == before
+    finally:
+        jobs.put(None)
+        thread.join()
 
 
 @pytest.mark.parametrize("guard", GUARDS)
