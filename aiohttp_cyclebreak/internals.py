@@ -184,7 +184,8 @@ def cancellation_of(task: "asyncio.Future[Any]") -> Optional[BaseException]:
     """The exception with which a task was cancelled, if it keeps one.
 
     asyncio: what a task holds, on CPython 3.9 to 3.13; asking for it in public would
-    take it from who awaits the task.
+    take it from whoever awaits the task.  On 3.9 and 3.10 it leads on to another one,
+    of the task that this one waited for.
     """
     for each in gc.get_referents(task):
         if isinstance(each, asyncio.CancelledError):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import pathlib
+import sys
 import traceback
 from typing import Any, AsyncIterator, List
 
@@ -203,10 +204,12 @@ def test_clients_that_go_away_and_cancel_what_is_sent(handler: Any, loop: str) -
     """The connection's task keeps the cancellation, and its frames the request.
 
     Before aiohttp 3.11.14 the request has that task; what was raised as the response
-    has the request then, which makes a circle without a frame.
+    has the request then, which makes a circle without a frame.  CPython 3.9 and 3.10
+    keep one cancellation for each task that waits for another.
     """
     left = run(left_by_clients_that_go(handler, cancellation=True), loop)
-    if handler is refuse_at_length and AIOHTTP < (3, 11, 14):
+    is_raised = handler is refuse_at_length and AIOHTTP < (3, 11, 14)
+    if is_raised or (3, 9) <= sys.version_info < (3, 11):
         bare = left_by_clients_that_go(handler, cancellation=True, guarded=False)
         assert left <= run(bare, loop)
     else:
