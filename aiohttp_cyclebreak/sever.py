@@ -748,6 +748,10 @@ class _SeveredIds(frozenset):  # type: ignore[type-arg]
     __slots__ = ()
 
 
+# Ids in one frame: each exception that is raised with a traceback out of a cache leaves
+# its own there.  Of one that is forgotten there no entries are cut off.
+_MOST_SEVERED = 1_000
+
 # Entries of the first time that stay: it may be that of a thousand requests at once.
 _MOST_OF_FIRST_TIME = 100
 
@@ -770,6 +774,9 @@ def _drop_older_entries(exc: BaseException, emptied: Container[int]) -> None:
     newer = 0  # how many entries there are up to the last one of this time
     new: Set[int] = set()  # it may go through a frame twice, caught and raised again
     is_first_time = True
+    # What stands in the frames is of another one, which had the same id and has gone:
+    # both were raised with a traceback out of a cache.
+    is_another = False
     entry = traceback_of(exc)
     while entry is not None:
         frame = entry.tb_frame
@@ -777,21 +784,26 @@ def _drop_older_entries(exc: BaseException, emptied: Container[int]) -> None:
             severed: Any = frame.f_trace
             if type(severed) is not _SeveredIds:
                 severed = _SeveredIds()
-            if id(frame) in new or key not in severed:
-                newer = len(entries) + 1
-                new.add(id(frame))
-                frame.f_trace = _SeveredIds((*severed, key))  # type: ignore[assignment]
-            elif newer:
+            is_older = key in severed and id(frame) not in new and not is_another
+            if is_older and newer:
                 head = _of_first_time(entry, key)
                 if head is entry:
                     return
-                # Copied: another exception may share the entries.
-                for each in reversed(entries[:newer]):
-                    head = TracebackType(
-                        head, each.tb_frame, each.tb_lasti, each.tb_lineno
-                    )
-                _TRACEBACK.__set__(exc, head)
-                return
+                if head is not None:
+                    # Copied: another exception may share the entries.
+                    for each in reversed(entries[:newer]):
+                        head = TracebackType(
+                            head, each.tb_frame, each.tb_lasti, each.tb_lineno
+                        )
+                    _TRACEBACK.__set__(exc, head)
+                    return
+                is_another = True
+            if is_another or not is_older:
+                newer = len(entries) + 1
+                new.add(id(frame))
+                if len(severed) >= _MOST_SEVERED:
+                    severed = ()
+                frame.f_trace = _SeveredIds((*severed, key))  # type: ignore[assignment]
             else:
                 is_first_time = False
         entries.append(entry)

@@ -137,6 +137,38 @@ def test_an_instance_raised_again_and_again_prints_where_it_comes_from() -> None
     assert sizes[1:] == sizes[1:2] * 4
 
 
+def test_who_has_the_id_of_another_one_prints_where_it_comes_from() -> None:
+    """Each with the traceback of a failure that is cached; the one before has gone."""
+
+    def look_up() -> None:
+        raise LookupError("cached")
+
+    def fail(exc: BaseException) -> None:
+        raise exc.with_traceback(cached.__traceback__)
+
+    cached = caught(look_up)
+    ids = set()
+    for number in range(50):
+        exc: Any = LookupError(number)
+        ids.add(id(exc))
+        caught(lambda: fail(exc))
+        sever([exc])
+        names = [each.name for each in traceback.extract_tb(exc.__traceback__)]
+        assert names[-2:] == ["caught", "look_up"] and "fail" in names
+        del exc
+    assert len(ids) < 50
+
+
+def test_in_a_cached_traceback_not_every_exception_is_remembered() -> None:
+    """Their ids would stay for as long as it is cached."""
+    cached = caught(lambda: fail_with_local("secret"))
+    held = [LookupError(number) for number in range(1_500)]
+    for exc in held:
+        sever([exc.with_traceback(cached.__traceback__)])
+    for frame in frames_of(cached):
+        assert not frame.f_trace or len(frame.f_trace) <= 1_000  # type: ignore[arg-type]
+
+
 def test_of_very_many_entries_the_first_ones_are_forgotten() -> None:
     """A thousand requests may have had it at once."""
     instance = LookupError("one for all")
