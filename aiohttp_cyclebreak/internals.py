@@ -12,9 +12,9 @@ import re
 import sys
 from collections import deque
 from functools import partial
-from types import CodeType, FrameType
+from types import CodeType, FrameType, MethodType
 from typing import Any, Callable, Deque, Iterator, List, Optional, Tuple, Type, cast
-from weakref import WeakValueDictionary, ref
+from weakref import WeakMethod, WeakValueDictionary, ref
 
 import aiohttp
 from aiohttp import hdrs, web, web_app, web_protocol
@@ -270,10 +270,21 @@ def release_websocket(
             if isinstance(timer, asyncio.Handle):
                 timer.cancel()
                 setattr(websocket, name, None)
-    if websocket.closed or transport is None or transport.is_closing():
-        if getattr(own.protocol, "_data_received_cb", None) is not None:
+    heard: Any = getattr(own.protocol, "_data_received_cb", None)
+    if heard is not None:
+        if websocket.closed or transport is None or transport.is_closing():
             own.protocol._data_received_cb = None
+        elif isinstance(heard, MethodType):
+            # It leads to the protocol, which keeps this when the connection has ended.
+            # Until then the event loop has the websocket, by a timer of its heartbeat.
+            own.protocol._data_received_cb = partial(_call_weakly, WeakMethod(heard))
     response._req = cast(web.BaseRequest, _PastRequest(own))
+
+
+def _call_weakly(method: "WeakMethod[Callable[[], None]]") -> None:
+    function = method()
+    if function is not None:
+        function()
 
 
 def connection_task(request: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import asyncio
 import queue
+import sys
 import threading
 import traceback
 import types
@@ -475,6 +476,38 @@ def test_a_heartbeat_closes_what_the_handler_left_open(
     bare = run(asyncio.wait_for(main(lambda app: None), 30))
     guarded = run(asyncio.wait_for(main(GUARDS[guard]), 30))
     assert guarded == (0, *bare[1:])
+
+
+def test_a_websocket_that_the_handler_left_open_goes_with_its_heartbeat() -> None:
+    """From aiohttp 3.14 on the protocol tells it of whatever comes in."""
+    if sys.version_info >= (3, 12):
+        pytest.skip("the websocket has the exception of its ping, which leads to it")
+    closes = hasattr(web.WebSocketResponse, "_handle_ping_pong_exception")
+    if not closes:
+        pytest.skip("a ping that fails closes no websocket on this aiohttp")
+    sockets: "List[weakref.ref[web.WebSocketResponse]]" = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        websocket = web.WebSocketResponse(heartbeat=0.05)
+        await websocket.prepare(request)
+        sockets.append(weakref.ref(websocket))
+        raise web.HTTPBadRequest
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        setup(app)
+        with no_collector():
+            async with serve(app) as service:
+                client = await service.connect()
+                await client.get("/", *UPGRADE)
+                while not sockets:
+                    await asyncio.sleep(0)
+                client.close()
+                while sockets[0]() is not None:
+                    await asyncio.sleep(0.01)
+
+    run(asyncio.wait_for(main(), 30))
 
 
 @pytest.mark.parametrize("guard", GUARDS)
