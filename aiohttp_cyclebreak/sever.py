@@ -334,6 +334,8 @@ def in_flight(exc: BaseException, running: Container[int] = ()) -> bool:
 def _have_threads_gone_on(executing: Set[int], exc: BaseException) -> bool:
     """Whether functions that execute are those of threads, and none handles it.
 
+    One of them is this thread, in which a function may run the event loop.
+
     Before CPython 3.11 it is not asked: there nothing tells that a function executes.
 
     Args:
@@ -342,7 +344,8 @@ def _have_threads_gone_on(executing: Set[int], exc: BaseException) -> bool:
     """
     elsewhere = set(executing)  # such as in a greenlet that is suspended
     tops = sys._current_frames()  # noqa: SLF001
-    tops.pop(threading.get_ident(), None)  # which has this function's own
+    # Its own frame, in a variable of this function's, would lead to itself.
+    tops[threading.get_ident()] = sys._getframe(1)  # noqa: SLF001
     for top in tops.values():
         frame: Optional[FrameType] = top
         while frame is not None and elsewhere:

@@ -92,6 +92,38 @@ def test_requests_that_always_overlap_are_not_kept(
 
 
 @pytest.mark.parametrize("guard", GUARDS)
+def test_a_failure_at_the_start_that_is_raised_again_keeps_no_request(
+    guard: str,
+) -> None:
+    """The function that has caught it runs the event loop."""
+    failures: List[Exception] = []
+
+    async def refuse(request: web.Request) -> web.Response:
+        raise failures[0]
+
+    async def main() -> int:
+        app = web.Application()
+        app.router.add_get("/", refuse)
+        GUARDS[guard](app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                for _ in range(20):
+                    client = await service.connect()
+                    await client.get()
+                    await client.answer()
+                    client.close()
+                await service.settle()
+            return len(alive()) - before
+
+    try:
+        raise ConnectionError("no peer")
+    except ConnectionError as exc:
+        failures.append(exc)
+    assert run(main()) == 0
+
+
+@pytest.mark.parametrize("guard", GUARDS)
 def test_a_background_task_with_an_error_in_hand_keeps_no_request(guard: str) -> None:
     """A reconnecting one, whose error each request is refused from."""
     errors: List[BaseException] = []
@@ -485,7 +517,7 @@ def test_a_websocket_that_the_handler_left_open_goes_with_its_heartbeat() -> Non
     closes = hasattr(web.WebSocketResponse, "_handle_ping_pong_exception")
     if not closes:
         pytest.skip("a ping that fails closes no websocket on this aiohttp")
-    sockets: "List[weakref.ref[web.WebSocketResponse]]" = []
+    sockets: List[Any] = []
 
     async def handler(request: web.Request) -> web.StreamResponse:
         websocket = web.WebSocketResponse(heartbeat=0.05)
