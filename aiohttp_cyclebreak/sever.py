@@ -795,9 +795,12 @@ def _drop_older_entries(exc: BaseException, emptied: Container[int]) -> None:
                 if head is not None:
                     # Copied: another exception may share the entries.
                     for each in reversed(entries[:newer]):
-                        head = TracebackType(
-                            head, each.tb_frame, each.tb_lasti, each.tb_lineno
-                        )
+                        line: Optional[int] = each.tb_lineno
+                        if (
+                            line is None
+                        ):  # of code that something has made without lines
+                            line = -1
+                        head = TracebackType(head, each.tb_frame, each.tb_lasti, line)
                     _TRACEBACK.__set__(exc, head)
                     return
                 is_another = True

@@ -137,6 +137,27 @@ def test_an_instance_raised_again_and_again_prints_where_it_comes_from() -> None
     assert sizes[1:] == sizes[1:2] * 4
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="every entry has a line there")
+def test_an_instance_raised_again_by_code_without_lines_gathers_nothing() -> None:
+    """As a template or a proxy that is made at runtime may have none."""
+    instance = LookupError("one for all")
+
+    def fail() -> None:
+        raise instance
+
+    code = fail.__code__
+    no_lines = b"\xff" * (len(code.co_code) // 16 + 1)  # each of up to 8 instructions
+    fail.__code__ = code.replace(co_linetable=no_lines)
+    sizes = []
+    for _ in range(5):
+        caught(fail)
+        sever([instance])
+        sizes.append(len(list(frames_of(instance))))
+    assert sizes[2:] == sizes[1:2] * 3
+    lines = [each.lineno for each in traceback.extract_tb(instance.__traceback__)]
+    assert lines[1::2] == [None, None]
+
+
 def test_who_has_the_id_of_another_one_prints_where_it_comes_from() -> None:
     """Each with the traceback of a failure that is cached; the one before has gone."""
 
