@@ -274,9 +274,9 @@ def release_websocket(
     if heard is not None:
         if websocket.closed or transport is None or transport.is_closing():
             own.protocol._data_received_cb = None
-        elif isinstance(heard, MethodType):
+        elif isinstance(heard, MethodType) and heard.__self__ is websocket:
             # It leads to the protocol, which keeps this when the connection has ended.
-            # Until then the event loop has the websocket, by a timer of its heartbeat.
+            # Until then the event loop has the websocket, by a timer of the heartbeat.
             own.protocol._data_received_cb = partial(_call_weakly, WeakMethod(heard))
     response._req = cast(web.BaseRequest, _PastRequest(own))
 
