@@ -796,9 +796,7 @@ def _drop_older_entries(exc: BaseException, emptied: Container[int]) -> None:
                     # Copied: another exception may share the entries.
                     for each in reversed(entries[:newer]):
                         line: Optional[int] = each.tb_lineno
-                        if (
-                            line is None
-                        ):  # of code that something has made without lines
+                        if line is None:  # its code was made without any
                             line = -1
                         head = TracebackType(head, each.tb_frame, each.tb_lasti, line)
                     _TRACEBACK.__set__(exc, head)
