@@ -285,7 +285,7 @@ class Connection:
             error is not None
             and internals.is_of_sending(frames_of(error))
             and not leads_on(error)
-            # The task, the variable, the argument.
+            # References: the task, the variable, the argument.
             and COUNTS_ARE_EXACT
             and getrefcount(error) == 3
         ):

@@ -688,9 +688,13 @@ def forget_missing_route(request: web.BaseRequest) -> None:
         _forget_chains()
 
 
-_forget_chains: Optional[Callable[[], None]] = getattr(
-    getattr(web_app, "_build_middlewares", None), "cache_clear", None
-)
+def _clearing(cached: str) -> Optional[Callable[[], None]]:
+    """What empties the cache of one of aiohttp's functions, if it has one."""
+    return getattr(getattr(web_app, cached, None), "cache_clear", None)
+
+
+_forget_chains = _clearing("_build_middlewares")  # 3.10.6 to 3.10.10
+_forget_routed_chains = _clearing("_cached_build_middleware")  # since 3.10.11
 
 
 def subapps(app: web.Application) -> Iterator[web.Application]:
@@ -724,10 +728,9 @@ def make_innermost(app: web.Application, middleware: Callable[..., Any]) -> None
         others = tuple(each for each in handlers if each[0] is not middleware)
         app._middlewares_handlers = ((middleware, True), *others)
         # The application may have been served without it.
-        for name in ("_build_middlewares", "_cached_build_middleware"):
-            forget_chains = getattr(getattr(web_app, name, None), "cache_clear", None)
-            if forget_chains is not None:
-                forget_chains()
+        for forget in (_forget_chains, _forget_routed_chains):
+            if forget is not None:
+                forget()
 
 
 def has_middlewares(app: web.Application, *but: Callable[..., Any]) -> bool:
