@@ -82,7 +82,7 @@ class _Caller(Holder):
         self._take_out(roots)
         sorted_out = sort_out(roots, in_use)
         for _, own in sorted_out.ready:
-            sever(own, spare=sorted_out.spare)
+            sever(own, spared=sorted_out.spared)
         for exc in sorted_out.in_flight[-MOST_NOTED:]:
             self.note(exc)
 

@@ -213,7 +213,7 @@ class Connection:
         try:
             sorted_out = sort_out(exceptions)
             for _, own in sorted_out.ready:
-                sever(own, spare=sorted_out.spare)
+                sever(own, spared=sorted_out.spared)
             if self.coroutine is None:  # it has ended
                 leave(sorted_out.in_flight)
             else:
@@ -268,10 +268,10 @@ class Connection:
             self.keep_for_later([exc], clear_frames, later[id(exc)][2])
         # Only those: what they lead to may be kept for good, or others may sever it.
         ready = [exc for _, own in sorted_out.ready for exc in own]
-        spare = sorted_out.spare
-        spare += [f for exc in ready if id(exc) not in later for f in frames_of(exc)]
+        spared = sorted_out.spared
+        spared.exceptions += [exc for exc in ready if id(exc) not in later]
         own = [exc for exc in ready if id(exc) in later]
-        sever(own, clear_frames=clear_frames, spare=spare)
+        sever(own, clear_frames=clear_frames, spared=spared)
 
     def _sever_cancellation(self, task: "asyncio.Future[Any]") -> None:
         """Sever what a connection was cancelled with while it sent a response.

@@ -261,7 +261,7 @@ class _FollowedRequest(Holder):
             cut = sever(
                 own,
                 clear_frames=self._clears_frames,
-                spare=sorted_out.spare,
+                spared=sorted_out.spared,
                 emptied=emptied,
             )
             self._tell(root, cut)

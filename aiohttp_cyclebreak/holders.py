@@ -7,7 +7,7 @@ when the last of them is done with it.
 import asyncio
 from contextvars import Context
 from functools import partial
-from types import FrameType
+from types import TracebackType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -37,6 +37,7 @@ from .sever import (
     is_finished,
     leads_on,
     sever,
+    traceback_of,
 )
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ __all__ = (
     "sort_out",
 )
 
-# Neither of these keeps anything alive.  Who has noted an exception, by its id:
-in_hand: "Dict[int, Tuple[ref[Holder], ...]]" = {}
+# Neither of these keeps anything alive.  Who has noted an exception, by its id; each by
+# that of its reference, since thousands may have one exception.
+in_hand: "Dict[int, Dict[int, ref[Holder]]]" = {}
 # Connections that have put an exception off, by its id.
 pending: "Dict[int, ref[Connection]]" = {}
 
@@ -74,10 +76,11 @@ def _forget_holder(keys: List[int], holder: "ref[Holder]") -> None:
 
 
 def _take_from_hand(key: int, holder: "ref[Holder]") -> None:
-    # It may be there twice: by two roots, both of which lead to the exception.
-    others = tuple(each for each in in_hand.pop(key, ()) if each is not holder)
-    if others:
-        in_hand[key] = others
+    holders = in_hand.get(key)
+    if holders is not None:
+        holders.pop(id(holder), None)
+        if not holders:
+            del in_hand[key]
 
 
 if TYPE_CHECKING:
@@ -95,11 +98,13 @@ class Watching(_RequestReference):
 class Holder:
     """Who has exceptions in hand, and is to be done with them."""
 
-    __slots__ = ("exceptions", "in_hand", "reference", "__weakref__")
+    __slots__ = ("exceptions", "frame_ids", "in_hand", "reference", "__weakref__")
 
     def __init__(self) -> None:
         self.exceptions: List[BaseException] = []
         self.in_hand: List[int] = []  # the ids of those, and of what they lead to
+        # Of some of them, by id, the ids of the frames in this traceback.
+        self.frame_ids: Dict[int, Tuple[Optional[TracebackType], Set[int]]] = {}
         self.reference: Optional[ref[Holder]] = None
 
     def note(self, root: BaseException) -> None:
@@ -114,7 +119,7 @@ class Holder:
         for exc in graph(root) if leads_on(root) else (root,):
             key = id(exc)
             self.in_hand.append(key)
-            in_hand[key] = (*in_hand.get(key, ()), own)
+            in_hand.setdefault(key, {})[id(own)] = own
 
     def _let_go(self) -> None:
         own = self.reference
@@ -122,6 +127,7 @@ class Holder:
             for key in self.in_hand:
                 _take_from_hand(key, own)
             self.in_hand = []
+            self.frame_ids = {}
             self.reference = None
 
     def _take_out(self, roots: List[BaseException]) -> None:
@@ -136,7 +142,7 @@ class Holder:
 
 def somebody_has(exc: BaseException) -> bool:
     """Whether somebody who is not done with an exception has noted it."""
-    for holder in in_hand.get(id(exc), ()):
+    for holder in in_hand.get(id(exc), {}).values():
         if holder() is not None:
             return True
     found = pending.get(id(exc))
@@ -175,16 +181,51 @@ def look_into(tasks: "Iterable[asyncio.Task[Any]]", lists: bool = False) -> InUs
     return in_use
 
 
+class Spared:
+    """The ids of the frames in the tracebacks of exceptions that are needed.
+
+    They are looked up when something is severed only.
+    """
+
+    __slots__ = ("_found", "exceptions")
+
+    def __init__(self) -> None:
+        self.exceptions: List[BaseException] = []  # held, so that an id stays its own
+        self._found: Optional[List[Set[int]]] = None
+
+    def __contains__(self, key: object) -> bool:
+        if self._found is None:
+            self._found = [_frame_ids_of(exc) for exc in self.exceptions]
+        return any(key in ids for ids in self._found)
+
+
+def _frame_ids_of(exc: BaseException) -> Set[int]:
+    # One instance that thousands of requests raise has the frames of all in its
+    # traceback, and the end of each asks for them.  Who has noted it last remembers
+    # them, since it most likely ends last.
+    last = None
+    for holder in reversed(in_hand.get(id(exc), {}).values()):
+        last = holder()
+        break
+    traceback = traceback_of(exc)
+    known = None if last is None else last.frame_ids.get(id(exc))
+    if known is None or known[0] is not traceback:
+        known = traceback, {id(frame) for frame in frames_of(exc)}
+        if last is not None:
+            last.frame_ids[id(exc)] = known
+    return known[1]
+
+
 class SortedOut:
     """What of some exceptions is to be severed, and what of them is needed."""
 
-    __slots__ = ("in_flight", "kept", "ready", "spare")
+    __slots__ = ("in_flight", "kept", "ready", "spared")
 
     def __init__(self) -> None:
         self.kept: Set[int] = set()  # the ids of those to be left alone for good
         self.ready: List[Tuple[BaseException, List[BaseException]]] = []
         self.in_flight: List[BaseException] = []
-        self.spare: List[FrameType] = []
+        self.spared = Spared()
 
 
 def sort_out(
@@ -205,8 +246,7 @@ def sort_out(
     sorted_out = SortedOut()
     covered: Set[int] = set()
     kept: Dict[int, BaseException] = {}
-    for exc in in_use.exceptions.values():
-        sorted_out.spare += frames_of(exc)
+    sorted_out.spared.exceptions += in_use.exceptions.values()
     # Latest first, so that the whole of a chain comes before its parts.
     for root in reversed(roots):
         exceptions = [exc for exc in graph(root) if id(exc) not in covered]
@@ -218,9 +258,9 @@ def sort_out(
         own = []
         for exc in exceptions:
             if id(exc) in kept or somebody_has(exc):
-                sorted_out.spare += frames_of(exc)
+                sorted_out.spared.exceptions.append(exc)
             elif id(exc) in in_use.exceptions or in_flight(exc, in_use.frames):
-                sorted_out.spare += frames_of(exc)
+                sorted_out.spared.exceptions.append(exc)
                 sorted_out.in_flight.append(exc)
             else:
                 own.append(exc)
@@ -285,7 +325,7 @@ class _LeftOver:
             for key, (exc, clear_frames, kept) in left.items():
                 sorted_out = sort_out([exc], in_use, partial(_is_among, kept))
                 for _, own in sorted_out.ready:
-                    sever(own, clear_frames=clear_frames, spare=sorted_out.spare)
+                    sever(own, clear_frames=clear_frames, spared=sorted_out.spared)
                 if not sorted_out.in_flight:
                     self.exceptions.pop(key, None)
             while len(self.exceptions) > MOST_NOTED + len(tasks):

@@ -557,7 +557,7 @@ class Emptied:
         self._callers: Dict[int, List[Any]] = {}
 
     def empty(
-        self, frames: Iterable[FrameType], left_alone: Container[int]
+        self, frames: Iterable[FrameType], spared: Container[int]
     ) -> List[FrameType]:
         """Empty frames, and the finished ones behind them.
 
@@ -569,7 +569,7 @@ class Emptied:
 
         Args:
             frames: those in tracebacks.
-            left_alone: the ids of frames that are not to be emptied.
+            spared: the ids of frames that are not to be emptied.
 
         Returns:
             Those that were emptied now.
@@ -579,7 +579,7 @@ class Emptied:
         while found:
             callers: Dict[int, List[Any]] = {}
             for each in found:
-                if id(each) in self.frames or id(each) in left_alone:
+                if id(each) in self.frames or id(each) in spared:
                     continue
                 if empty(each):
                     self.frames[id(each)] = each
@@ -702,7 +702,7 @@ def sever(
     exceptions: List[BaseException],
     *,
     clear_frames: bool = True,
-    spare: Iterable[FrameType] = (),
+    spared: Container[int] = (),
     emptied: Optional[Emptied] = None,
 ) -> Cut:
     """Cut the reference cycles that lead through exceptions.
@@ -712,21 +712,19 @@ def sever(
         clear_frames: empty the finished frames of each traceback; a frame that
             may be suspended or executes is left alone.  Otherwise the tracebacks
             are taken off the exceptions, locals and all.
-        spare: frames that something else still needs.
+        spared: the ids of frames that something else still needs.
         emptied: by earlier severings, of exceptions that may share frames with these;
             None: there were none.
 
     Returns:
         What was cut.
     """
-    spared = list(spare)  # held, so that an id stays its own
-    left_alone = {id(frame) for frame in spared}
     emptied = Emptied() if emptied is None else emptied
     tracebacks = 0
     new: List[FrameType] = []
     if clear_frames:
         new = emptied.empty(
-            (frame for exc in exceptions for frame in frames_of(exc)), left_alone
+            (frame for exc in exceptions for frame in frames_of(exc)), spared
         )
     for exc in exceptions:
         for frame in frames_of(exc):

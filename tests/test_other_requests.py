@@ -1,7 +1,9 @@
 """One exception in flight in several requests: none of them is disturbed."""
 
 import asyncio
+import os
 import queue
+import sys
 import threading
 import traceback
 from typing import Any, Callable, Dict, List, Tuple, Type
@@ -16,6 +18,7 @@ from .service import LOOPS, alive, no_collector, run, serve, spin
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
+OURS = os.path.dirname(connections.__file__)
 REQUESTS = 6
 
 Guard = Callable[[web.Application], Any]
@@ -578,3 +581,53 @@ def test_few_tasks_are_looked_into_for_what_is_left_over(
 
     run(main())
     assert max(looked) == 1
+
+
+@pytest.mark.parametrize("is_translated", [False, True])
+def test_what_many_have_is_not_walked_by_each_of_them(is_translated: bool) -> None:
+    """The traceback of one instance has the frames of all requests that raise it."""
+
+    async def calls_of_ours(requests: int) -> int:
+        instance = LookupError("one for all")
+        calls = waiting = 0
+        goes_on = asyncio.Event()
+
+        async def handler(request: web.Request) -> web.Response:
+            nonlocal waiting
+            waiting += 1
+            await goes_on.wait()
+            try:
+                raise instance
+            except LookupError as exc:
+                if is_translated:
+                    raise web.HTTPBadGateway() from exc
+                raise
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls  # a generator that goes on is called as well
+            calls += event == "call" and frame.f_code.co_filename.startswith(OURS)
+
+        app = web.Application()
+        app.router.add_get("/", handler)
+        app.middlewares.append(cyclebreak())
+        async with serve(app) as service:
+            clients = [await service.connect() for _ in range(requests)]
+            for client in clients:
+                await client.get("/")
+            while waiting < requests:
+                await asyncio.sleep(0.001)
+            goes_on.set()
+            sys.setprofile(count)
+            try:
+                statuses = {(await client.answer())[0] for client in clients}
+                await spin()
+            finally:
+                sys.setprofile(None)
+            assert statuses == {502 if is_translated else 500}
+            for client in clients:
+                client.close()
+            await service.settle()
+        return calls
+
+    few, many = run(calls_of_ours(10)), run(calls_of_ours(80))
+    assert many < 1.5 * 8 * few

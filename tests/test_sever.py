@@ -99,7 +99,7 @@ def test_spared_frames_keep_their_locals() -> None:
     """Another exception, which is kept, shares them."""
     exc = caught(lambda: fail_with_local("secret"))
     *_, innermost = frames_of(exc)
-    sever([exc], spare=[innermost])
+    sever([exc], spared={id(innermost)})
     assert innermost.f_locals["local"] == "secret"
 
 
