@@ -19,6 +19,12 @@ pytest_plugins = ("pytester",)
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
+
+@pytest.fixture(autouse=True)
+def _pictures_go_with_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
 APP = """
 import asyncio
 import gc
@@ -379,8 +385,6 @@ def assert_pictures(text: str) -> None:
     pytest.importorskip("objgraph")
     path = Path(text.partition("picture: ")[2].split("\n")[0])
     assert path.stat().st_size > 0
-    path.unlink()
-    path.parent.rmdir()
 
 
 REAL = """
