@@ -318,6 +318,8 @@ def in_flight(exc: BaseException, running: Container[int] = ()) -> bool:
         running: the ids of frames that do not count: their tasks are known not to
             have it in hand.
     """
+    if _is_severed(exc):
+        return False
     executing: Set[int] = set()
     traceback = traceback_of(exc)
     while traceback is not None:
@@ -524,7 +526,7 @@ def empty(frame: FrameType) -> bool:
         frame.clear()
     except RuntimeError:  # it executes, in this thread or in another
         return False
-    if severed is not None and type(severed) is _SeveredIds:  # which clear() forgets
+    if severed is not None and type(severed) is _Severed:  # which clear() forgets
         frame.f_trace = severed  # type: ignore[assignment]
     if sys.version_info < (3, 13) and _was_looked_at(frame):
         try:
@@ -723,31 +725,38 @@ def sever(
     tracebacks = 0
     new: List[FrameType] = []
     if clear_frames:
-        new = emptied.empty(
-            (frame for exc in exceptions for frame in frames_of(exc)), spared
-        )
-    for exc in exceptions:
-        for frame in frames_of(exc):
-            tracebacks += not clear_frames or id(frame) in emptied.frames
-        if clear_frames:
+        full = [exc for exc in exceptions if not _is_severed(exc)]
+        new = emptied.empty((frame for exc in full for frame in frames_of(exc)), spared)
+        for exc in full:
+            are_empty = [id(frame) in emptied.frames for frame in frames_of(exc)]
+            tracebacks += sum(are_empty)
             _drop_older_entries(exc, emptied.frames)
-        else:
+            if all(are_empty):
+                _mark_whole(exc)
+    else:
+        for exc in exceptions:
+            tracebacks += sum(1 for _ in frames_of(exc))
             detach(exc)
     _empty_functions(new)
     _cut_link_cycles(exceptions)
     return Cut(len(exceptions), tracebacks, len(new))
 
 
-class _SeveredIds(frozenset):  # type: ignore[type-arg]
+class _Severed(Dict[int, int]):
     """In a frame, the ids of the exceptions that were severed with it.
 
-    Where the entries of an exception's first time begin, its id stands negated as well.
+    With each stands whether its first time begins here, and whether nothing of its
+    traceback, from here to its end, holds anything any more.
+
     A frame that is over is never traced again and has no other use for ``f_trace``, and
     what stands there goes with it.  In the exception itself it would be seen.
     """
 
     __slots__ = ()
 
+
+_FIRST_TIME = 1
+_WHOLE = 2
 
 # Ids in one frame: each exception that is raised with a traceback out of a cache leaves
 # its own there.  Of one that is forgotten there no entries are cut off.
@@ -783,8 +792,8 @@ def _drop_older_entries(exc: BaseException, emptied: Container[int]) -> None:
         frame = entry.tb_frame
         if id(frame) in emptied:
             severed: Any = frame.f_trace
-            if type(severed) is not _SeveredIds:
-                severed = _SeveredIds()
+            if type(severed) is not _Severed:
+                severed = frame.f_trace = _Severed()  # type: ignore[assignment]
             is_older = key in severed and id(frame) not in new and not is_another
             if is_older and newer:
                 head = _of_first_time(entry, key)
@@ -804,18 +813,17 @@ def _drop_older_entries(exc: BaseException, emptied: Container[int]) -> None:
                 newer = len(entries) + 1
                 new.add(id(frame))
                 if len(severed) >= _MOST_SEVERED:
-                    severed = ()
-                frame.f_trace = _SeveredIds((*severed, key))  # type: ignore[assignment]
+                    severed.clear()
+                severed[key] = 0
             else:
                 is_first_time = False
         entries.append(entry)
         entry = entry.tb_next
     if is_first_time:
         for each in entries[-_MOST_OF_FIRST_TIME:]:
-            frame = each.tb_frame
-            if id(frame) in new:
-                severed = frame.f_trace
-                frame.f_trace = _SeveredIds((*severed, -key))  # type: ignore[assignment]
+            if id(each.tb_frame) in new:
+                severed = each.tb_frame.f_trace
+                severed[key] |= _FIRST_TIME
                 break
 
 
@@ -823,7 +831,26 @@ def _of_first_time(entry: Optional[TracebackType], key: int) -> Optional[Traceba
     """Where the entries of the first time begin, of those from one on."""
     while entry is not None:
         severed: Any = entry.tb_frame.f_trace
-        if type(severed) is _SeveredIds and -key in severed:
+        if type(severed) is _Severed and severed.get(key, 0) & _FIRST_TIME:
             return entry
         entry = entry.tb_next
     return None
+
+
+def _mark_whole(exc: BaseException) -> None:
+    """Note in the first frame of a traceback that all of it is empty."""
+    entry = traceback_of(exc)
+    severed: Any = None if entry is None else entry.tb_frame.f_trace
+    if type(severed) is _Severed and id(exc) in severed:
+        severed[id(exc)] |= _WHOLE
+
+
+def _is_severed(exc: BaseException) -> bool:
+    """Whether all of an exception's traceback was emptied, and it was not raised since.
+
+    One instance that many requests have kept has the frames of all of them there, and
+    is severed at the end of each.
+    """
+    entry = traceback_of(exc)
+    severed: Any = None if entry is None else entry.tb_frame.f_trace
+    return type(severed) is _Severed and bool(severed.get(id(exc), 0) & _WHOLE)
