@@ -592,6 +592,13 @@ class Emptied:
             self._callers.update(callers)
         return emptied
 
+    def leaves_callers(self) -> bool:
+        """Whether functions are behind those frames that may have to be emptied later.
+
+        The event loop's own are not: it goes on.
+        """
+        return not all(_is_machinery(each) for each, _ in self._callers.values())
+
     def _count(
         self, caller: Optional[FrameType], callers: Dict[int, List[Any]]
     ) -> None:
@@ -727,11 +734,12 @@ def sever(
     if clear_frames:
         full = [exc for exc in exceptions if not _is_severed(exc)]
         new = emptied.empty((frame for exc in full for frame in frames_of(exc)), spared)
+        leaves_callers = emptied.leaves_callers()
         for exc in full:
             are_empty = [id(frame) in emptied.frames for frame in frames_of(exc)]
             tracebacks += sum(are_empty)
             _drop_older_entries(exc, emptied.frames)
-            if all(are_empty):
+            if all(are_empty) and not leaves_callers:
                 _mark_whole(exc)
     else:
         for exc in exceptions:
@@ -746,7 +754,7 @@ class _Severed(Dict[int, int]):
     """In a frame, the ids of the exceptions that were severed with it.
 
     With each stands whether its first time begins here, and whether nothing of its
-    traceback, from here to its end, holds anything any more.
+    traceback, from here to its end, and behind it holds anything any more.
 
     A frame that is over is never traced again and has no other use for ``f_trace``, and
     what stands there goes with it.  In the exception itself it would be seen.
