@@ -88,6 +88,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     .. versionadded:: 0.1.0
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # who started the process has closed it
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, os.fdopen(nowhere, "w", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # names may have any character
             stream.reconfigure(errors="backslashreplace")

@@ -327,3 +327,29 @@ def test_the_reader_of_a_pipe_leaves() -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@POSIX
+@pytest.mark.parametrize(
+    ("args", "closed", "code"),
+    [
+        ("verify --leak none-response --requests 2", ">&-", 0),
+        ("verify --leak none-response --requests 2", "2>&-", 0),
+        ("check no_such_module:app", "2>&-", 2),
+    ],
+)
+def test_a_stream_is_closed(args: str, closed: str, code: int) -> None:
+    """The exit code is what it would be: who starts it may look at nothing else."""
+    done = subprocess.run(
+        [
+            "sh",
+            "-c",
+            f'exec "$0" "$@" {closed}',
+            sys.executable,
+            *MODULE,
+            *args.split(),
+        ],
+        env=environment(),
+        capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (code, b"")
