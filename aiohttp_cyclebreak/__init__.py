@@ -5,7 +5,7 @@
     app.middlewares.append(cyclebreak())
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, List
 
 if TYPE_CHECKING:
     from .client import client_cyclebreak
@@ -56,3 +56,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> List[str]:
+    return sorted({*globals(), *__all__})  # what was not asked for yet, as well

@@ -353,3 +353,10 @@ def test_a_stream_is_closed(args: str, closed: str, code: int) -> None:
         capture_output=True,
     )
     assert (done.returncode, done.stderr) == (code, b"")
+
+
+def test_names_are_shown_before_they_are_imported() -> None:
+    """To help(), and to whoever presses tab in a shell."""
+    program = "import aiohttp_cyclebreak as a; print(set(a.__all__) <= set(dir(a)))"
+    shown = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert shown.stdout.split() == [b"True"]
