@@ -360,3 +360,23 @@ def test_names_are_shown_before_they_are_imported() -> None:
     program = "import aiohttp_cyclebreak as a; print(set(a.__all__) <= set(dir(a)))"
     shown = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE)
     assert shown.stdout.split() == [b"True"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_verify_fits_into_a_small_pod() -> None:
+    """Large responses that stay bare are one body, not one each."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from aiohttp_cyclebreak.cli import main\n"
+            "code = main(['verify', '--leak', 'client-gone'])\n"
+            "print(code, open('/proc/self/status').read())",
+        ],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    peak = re.search(r"^0 (?:.*\n)+VmHWM:\s+(\d+) kB$", done.stdout, re.MULTILINE)
+    assert peak is not None
+    assert int(peak[1]) < 250_000
