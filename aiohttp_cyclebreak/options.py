@@ -108,6 +108,16 @@ def make_options(
             continue
         if not callable(function):
             raise TypeError(f"{name} must be a function or None, not {function!r}")
+        # It would make one of each exception, which is true, and so keep them all.
+        if (
+            name == "keep"
+            and isinstance(function, type)
+            and issubclass(function, BaseException)
+        ):
+            raise TypeError(
+                f"{name} must be a function, not the class {function!r}, such as "
+                f"lambda request, exc: isinstance(exc, {function.__name__})"
+            )
         # Nobody would await it, and what it returns is always true.
         if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004

@@ -63,6 +63,7 @@ async def requests_left(app: web.Application, *paths: str) -> int:
         ("clear_frames", 1),
         ("clear_frames", None),
         ("keep", "no"),
+        ("keep", ValueError),  # it would make one, which is true: all would be kept
         ("on_break", 1),
     ],
 )
