@@ -162,6 +162,37 @@ def test_gunicorn_workers_are_guarded(worker: str, tmp_path: pathlib.Path) -> No
         assert "Traceback" not in output
 
 
+def test_an_application_made_before_the_workers_is_guarded(
+    tmp_path: pathlib.Path,
+) -> None:
+    """By ``gunicorn --preload``: what the library remembers is forked with it."""
+    pytest.importorskip("gunicorn")
+    (tmp_path / "preloaded.py").write_text(
+        "import gc, os\n"
+        "from aiohttp import web\n"
+        "from aiohttp_cyclebreak import setup\n"
+        "from gunicorn_app import count, refuse\n"
+        "gc.disable()\n"
+        "def create_app(guarded):\n"
+        "    app = web.Application()\n"
+        "    app.router.add_get('/', refuse)\n"
+        "    app.router.add_get('/count', count)\n"
+        "    if guarded:\n"
+        "        setup(app)\n"
+        "    return app\n"
+    )
+    for guarded in (False, True):
+        with gunicorn(
+            f"preloaded:create_app({guarded})",
+            "--preload",
+            f"--pythonpath={tmp_path},{EXAMPLES}",
+            "--worker-class=aiohttp.GunicornWebWorker",
+        ) as (_, port):
+            for _ in range(20):
+                assert ask(port, "/") == 400
+            assert (ask(port, "/count")["alive"] <= 2) is guarded
+
+
 def left_by(create_app: Any, path: str, requests: int = 3) -> int:
     """Requests that are alive when all are answered, and collected after that."""
 
