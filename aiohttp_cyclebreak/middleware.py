@@ -18,8 +18,9 @@ __all__ = ("cyclebreak", "setup")
 if TYPE_CHECKING:  # these have moved between the supported versions
     from aiohttp.typedefs import Handler, Middleware
 
-# What setup() made, to know it again.
+# What setup() made, to know it again, and where each has what setup() was asked for.
 _ends: "WeakSet[Middleware]" = WeakSet()
+_ASKED = "asked"
 
 HTTPException = web.HTTPException  # looked up for every request
 _NOT_GUARDED = "requests are not guarded"
@@ -95,7 +96,7 @@ def setup(
     nothing that one swallows: the application's own, and that of each of its
     sub-applications.  What is added to the application later, up to its start, is
     between the ends as well.  Called twice for one application, it does nothing the
-    second time.
+    second time, be it with the same options or without any.
 
     Args:
         app: the application, not started yet.
@@ -108,8 +109,8 @@ def setup(
 
     Raises:
         TypeError: *app* is no application, or an option is of the wrong type.
-        RuntimeError: the application is frozen, or *radar* is given the second time
-            and was not, or was another one, the first time.
+        RuntimeError: the application is frozen, or options are given the second time
+            that are others than those of the first.
 
     .. versionadded:: 0.1.0
     """
@@ -125,7 +126,14 @@ def setup(
         )
     if is_off(_NOT_GUARDED):
         return
-    if any(middleware in _ends for middleware in app.middlewares):
+    for middleware in app.middlewares:
+        if middleware not in _ends:
+            continue
+        if options not in (Options(), vars(middleware)[_ASKED]):
+            raise RuntimeError(
+                f"setup() was called for {app!r} before, with other options: call it "
+                "once, with all of them"
+            )
         watch = watch_of(app)
         if radar is not None and (watch is None or watch.radar != radar):
             raise RuntimeError(
@@ -133,6 +141,7 @@ def setup(
                 "it once, with all its options"
             )
         return
+    asked = options
     if radar is None:
         outermost = _make_layer(options)
     else:
@@ -142,6 +151,7 @@ def setup(
         watch_application(app, outermost, watch)
     innermost = _make_inner_layer(options, outermost)
     _ends.add(outermost)
+    vars(outermost)[_ASKED] = asked
     app.middlewares.insert(0, outermost)
     app.middlewares.append(innermost)
 

@@ -139,6 +139,21 @@ def test_setup_twice_is_setup_once() -> None:
     assert list(app.on_startup) == signals
 
 
+def test_setup_twice_with_other_options_is_an_error() -> None:
+    """Or what is to be kept would not be, and nothing would say so."""
+
+    def keep(request: web.Request, exc: BaseException) -> bool:
+        return True
+
+    app = application()
+    setup(app, keep=keep)
+    setup(app, keep=keep)
+    setup(app)
+    for other in ({"keep": lambda *args: True}, {"keep": keep, "release_body": True}):
+        with pytest.raises(RuntimeError, match="before, with other options"):
+            setup(app, **other)  # type: ignore[arg-type]
+
+
 def test_setup_on_a_frozen_application_says_so() -> None:
     """After the start, and once it has become a sub-application."""
     app = application()
