@@ -867,13 +867,19 @@ def guard_connections(
                 protocol._request_handler = handler
             return protocol
 
+    GuardedServer.guard_options = options
     handler = around(server.request_handler)
     server.__class__ = GuardedServer
     return True
 
 
 class _GuardedServer:
-    pass
+    guard_options: Options
+
+
+def options_of_server(server: web.Server) -> Optional[Options]:
+    """What :func:`guard_connections` was given for a server; None: nothing yet."""
+    return server.guard_options if isinstance(server, _GuardedServer) else None
 
 
 class _Messages(Deque[Any]):

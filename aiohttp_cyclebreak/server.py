@@ -43,13 +43,15 @@ def guard_server(
         on_break: as for :func:`cyclebreak`.
         release_body: as for :func:`cyclebreak`.
 
-    Called twice for one runner, it does nothing the second time.  With
-    ``AIOHTTP_CYCLEBREAK=off`` it does nothing at all, which is logged.
+    Called twice for one runner, it does nothing the second time, be it with the same
+    options or without any.  With ``AIOHTTP_CYCLEBREAK=off`` it does nothing at all,
+    which is logged.
 
     Raises:
         TypeError: *runner* is no runner, or an option is of the wrong type.
         RuntimeError: the runner is not set up yet, a site of it has been started
-            already, or this aiohttp has other internals than those known.
+            already, options are given the second time that are others than those of
+            the first, or this aiohttp has other internals than those known.
 
     .. versionadded:: 0.1.0
     """
@@ -69,6 +71,12 @@ def guard_server(
         raise RuntimeError(
             f"a site of {runner!r} has been started, and its connections would go "
             "unguarded: call guard_server() before the first site.start()"
+        )
+    before = internals.options_of_server(server)
+    if before is not None and options not in (Options(), before):
+        raise RuntimeError(
+            f"guard_server() was called for {runner!r} before, with other options: "
+            "call it once, with all of them"
         )
     lacking = internals.lacks()
     if lacking:

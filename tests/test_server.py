@@ -403,6 +403,10 @@ def test_twice_is_once() -> None:
         await runner.setup()
         for _ in range(2):
             guard_server(runner, on_break=events.append)
+        guard_server(runner)
+        for other in (print, lambda event: None):
+            with pytest.raises(RuntimeError, match="before, with other options"):
+                guard_server(runner, on_break=other)
         service = await start(runner)
         await service.ask("/")
         await service.settle()
