@@ -25,6 +25,7 @@ MAIN = (
 MATRIX = (
     *((python, SUSPECT) for python in PYTHONS),
     # Both sides of each change to what a request is held by.
+    ("3.8", "3.8.1"),
     ("3.11", "3.8.6"),
     ("3.11", "3.9.5"),
     ("3.11", "3.10.0"),

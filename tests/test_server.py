@@ -189,6 +189,7 @@ async def left_by_clients_that_go(
         return left
 
 
+@pytest.mark.skipif(AIOHTTP < (3, 8, 2), reason="it cancels those handlers")
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("handler", SENT)
 def test_clients_that_go_away_while_something_is_sent(handler: Any, loop: str) -> None:
@@ -216,6 +217,7 @@ def test_clients_that_go_away_and_cancel_what_is_sent(handler: Any, loop: str) -
     assert left == (bare if has_task and (is_raised or is_chain) else 0)
 
 
+@pytest.mark.skipif(AIOHTTP < (3, 8, 2), reason="what it cancels may be left")
 def test_clients_that_go_away_while_a_file_is_sent(tmp_path: pathlib.Path) -> None:
     """There it is a future of the event loop's."""
     path = tmp_path / "large"
@@ -252,6 +254,7 @@ def test_clients_that_go_away_while_a_file_is_sent(tmp_path: pathlib.Path) -> No
     assert run(main(guarded=True)) == 0
 
 
+@pytest.mark.skipif(AIOHTTP < (3, 8, 2), reason="it cancels those handlers")
 @pytest.mark.parametrize("handler", [respond, swallow_and_stream])
 def test_options_hold_for_clients_that_go_away(handler: Any) -> None:
     """They are asked and told as for an exception that is raised."""
@@ -269,6 +272,7 @@ def test_options_hold_for_clients_that_go_away(handler: Any) -> None:
     assert run(left_by_clients_that_go(handler, clear_frames=False)) == 0
 
 
+@pytest.mark.skipif(AIOHTTP < (3, 8, 2), reason="it cancels those handlers")
 @pytest.mark.parametrize("handler", SENT)
 def test_what_is_logged_of_clients_that_go_away(handler: Any) -> None:
     """The access log and aiohttp's errors are as bare."""

@@ -6,7 +6,17 @@ from typing import Callable, Optional, Tuple, Union
 
 from aiohttp import web
 
-__all__ = ("Affected", "Kind", "Leak", "Remedy", "Step", "Visit", "get", "post")
+__all__ = (
+    "NOT_CANCELLED",
+    "Affected",
+    "Kind",
+    "Leak",
+    "Remedy",
+    "Step",
+    "Visit",
+    "get",
+    "post",
+)
 
 
 class Kind(enum.Enum):
@@ -86,6 +96,10 @@ class Affected:
         elif self.python > (3, 8):
             text += f", CPython from {version(self.python)}"
         return text
+
+
+# Up to aiohttp 3.8.1 a client that goes away has its handler cancelled at once.
+NOT_CANCELLED = Affected(since=(3, 8, 2))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 from aiohttp import web
 
-from ._leak import Kind, Leak, Remedy, Step, get
+from ._leak import NOT_CANCELLED, Kind, Leak, Remedy, Step, get
 
 # More than the buffers of a connection take, so that aiohttp waits for the client.
 _SIZE = 20_000_000
@@ -47,6 +47,7 @@ def _leak(variant: str, title: str, path: str, frame: str) -> Leak:
         ),
         build=_build,
         visits=((get(path), Step.UNREAD, Step.RESET),),
+        affected=(NOT_CANCELLED,),
         remedy=Remedy.SERVER,
     )
 

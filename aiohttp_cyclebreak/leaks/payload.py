@@ -4,7 +4,7 @@ from typing import Any
 
 from aiohttp import web
 
-from ._leak import Kind, Leak, Step, post
+from ._leak import NOT_CANCELLED, Kind, Leak, Step, post
 
 _FORM = "application/x-www-form-urlencoded"
 _MULTIPART = "multipart/form-data; boundary=limit"
@@ -74,6 +74,7 @@ def _leak(variant: str, title: str, path: str, body: bytes, type: str) -> Leak:
         ),
         build=_build,
         visits=((sent, Step.BEGUN), (sent, Step.BEGUN, Step.RESET)),
+        affected=(NOT_CANCELLED,),
     )
 
 

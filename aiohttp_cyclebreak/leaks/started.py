@@ -4,7 +4,7 @@ import asyncio
 
 from aiohttp import web
 
-from ._leak import Kind, Leak, Step, get
+from ._leak import NOT_CANCELLED, Kind, Leak, Step, get
 
 _CHAIN = (
     "frame of RequestHandler.start -> the request's task -> ConnectionError -> "
@@ -48,5 +48,6 @@ LEAKS = (
         chain=_CHAIN,
         build=_build,
         visits=((get("/stream"), Step.BYTES, Step.RESET),),
+        affected=(NOT_CANCELLED,),
     ),
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 from aiohttp import web
 
-from ._leak import Kind, Leak, Step, Visit, get
+from ._leak import NOT_CANCELLED, Affected, Kind, Leak, Step, Visit, get
 
 _OPEN = (
     "Upgrade: websocket",
@@ -78,7 +78,17 @@ def _build(app: web.Application) -> None:
     app.router.add_get("/store", _store)
 
 
-def _leak(variant: str, title: str, path: str, sent: bytes, *end: Step) -> Leak:
+_ALL = Affected()
+
+
+def _leak(
+    variant: str,
+    title: str,
+    path: str,
+    sent: bytes,
+    *end: Step,
+    affected: Affected = _ALL,
+) -> Leak:
     steps: Visit = (get(path, *_OPEN), Step.BYTES, sent, Step.BYTES, *end)
     return Leak(
         id="websocket" + variant,
@@ -87,6 +97,7 @@ def _leak(variant: str, title: str, path: str, sent: bytes, *end: Step) -> Leak:
         chain=_CHAIN,
         build=_build,
         visits=(steps,),
+        affected=(affected,),
     )
 
 
@@ -98,9 +109,23 @@ LEAKS = (
         chain=_CHAIN,
         build=_build,
         visits=((get("/close", *_OPEN), Step.BYTES, _TEXT),),
+        affected=(NOT_CANCELLED,),
     ),
-    _leak("", "a websocket is reset", "/echo", _TEXT, Step.RESET),
-    _leak("/dropped", "a websocket is closed without a handshake", "/echo", _TEXT),
+    _leak(
+        "",
+        "a websocket is reset",
+        "/echo",
+        _TEXT,
+        Step.RESET,
+        affected=NOT_CANCELLED,
+    ),
+    _leak(
+        "/dropped",
+        "a websocket is closed without a handshake",
+        "/echo",
+        _TEXT,
+        affected=NOT_CANCELLED,
+    ),
     _leak("/invalid", "a websocket is sent an invalid frame", "/echo", _INVALID),
     _leak("/raise", "the handler of a websocket raises", "/fail", _TEXT),
     _leak("/stored", "a websocket is kept in its request", "/store", _TEXT),
