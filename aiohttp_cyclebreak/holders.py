@@ -181,22 +181,33 @@ def look_into(tasks: "Iterable[asyncio.Task[Any]]", lists: bool = False) -> InUs
     return in_use
 
 
+# Frames in a traceback from which on they are remembered.
+_MANY_FRAMES = 100
+
+
 class Spared:
     """The ids of the frames in the tracebacks of exceptions that are needed.
 
     They are looked up when something is severed only.
     """
 
-    __slots__ = ("_found", "exceptions")
+    __slots__ = ("_ids", "exceptions")
 
     def __init__(self) -> None:
         self.exceptions: List[BaseException] = []  # held, so that an id stays its own
-        self._found: Optional[List[Set[int]]] = None
+        self._ids: List[Set[int]] = []
 
     def __contains__(self, key: object) -> bool:
-        if self._found is None:
-            self._found = [_frame_ids_of(exc) for exc in self.exceptions]
-        return any(key in ids for ids in self._found)
+        if not self._ids:
+            few: Set[int] = set()
+            self._ids.append(few)
+            for exc in self.exceptions:
+                ids = _frame_ids_of(exc)
+                if len(ids) < _MANY_FRAMES:
+                    few |= ids
+                else:
+                    self._ids.append(ids)
+        return any(key in ids for ids in self._ids)
 
 
 def _frame_ids_of(exc: BaseException) -> Set[int]:
@@ -208,12 +219,14 @@ def _frame_ids_of(exc: BaseException) -> Set[int]:
         last = holder()
         break
     traceback = traceback_of(exc)
-    known = None if last is None else last.frame_ids.get(id(exc))
-    if known is None or known[0] is not traceback:
-        known = traceback, {id(frame) for frame in frames_of(exc)}
-        if last is not None:
-            last.frame_ids[id(exc)] = known
-    return known[1]
+    if last is not None and id(exc) in last.frame_ids:
+        known, ids = last.frame_ids[id(exc)]
+        if known is traceback:
+            return ids
+    ids = {id(frame) for frame in frames_of(exc)}
+    if last is not None and len(ids) >= _MANY_FRAMES:
+        last.frame_ids[id(exc)] = traceback, ids
+    return ids
 
 
 class SortedOut:
