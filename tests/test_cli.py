@@ -93,7 +93,7 @@ async def no_guard(request: web.Request, handler: Any) -> web.StreamResponse:
 
 def test_prints_a_table_and_a_sentence() -> None:
     """A row for each leak, the sentence last, no progress bar in a pipe, exit 0."""
-    ids = ("http-exception/view", "payload/json")
+    ids = ("http-exception/view", "no-route/method")
     code, out, err = run("verify", "--leak", ids[0], "--leak", ids[1])
     assert (code, err) == (0, "")
     lines = out.splitlines()
