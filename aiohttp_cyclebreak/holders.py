@@ -29,6 +29,7 @@ from .complaints import complain
 from .sever import (
     awaiting_frames,
     awaits_in,
+    drop_ended_entries,
     exceptions_in,
     frames_of,
     graph,
@@ -218,14 +219,15 @@ def _frame_ids_of(exc: BaseException) -> Set[int]:
     for holder in reversed(in_hand.get(id(exc), {}).values()):
         last = holder()
         break
-    traceback = traceback_of(exc)
     if last is not None and id(exc) in last.frame_ids:
         known, ids = last.frame_ids[id(exc)]
-        if known is traceback:
+        if known is traceback_of(exc):
             return ids
     ids = {id(frame) for frame in frames_of(exc)}
     if last is not None and len(ids) >= _MANY_FRAMES:
-        last.frame_ids[id(exc)] = traceback, ids
+        drop_ended_entries(exc)
+        ids = {id(frame) for frame in frames_of(exc)}
+        last.frame_ids[id(exc)] = traceback_of(exc), ids
     return ids
 
 
@@ -273,6 +275,8 @@ def sort_out(
             if id(exc) in kept or somebody_has(exc):
                 sorted_out.spared.exceptions.append(exc)
             elif id(exc) in in_use.exceptions or in_flight(exc, in_use.frames):
+                if id(exc) not in in_use.exceptions:
+                    drop_ended_entries(exc)
                 sorted_out.spared.exceptions.append(exc)
                 sorted_out.in_flight.append(exc)
             else:

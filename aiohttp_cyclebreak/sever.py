@@ -47,6 +47,7 @@ __all__ = (
     "awaiting_frames",
     "awaits_in",
     "detach",
+    "drop_ended_entries",
     "empty",
     "empty_with_callers",
     "exceptions_in",
@@ -304,6 +305,10 @@ def graph(root: BaseException) -> List[BaseException]:
     return found
 
 
+def _goes_on(frame: FrameType) -> bool:
+    return not is_finished(frame) and not frame.f_code.co_flags & _GENERATOR
+
+
 def in_flight(exc: BaseException, running: Container[int] = ()) -> bool:
     """Whether somebody else still runs with the exception in hand.
 
@@ -324,7 +329,7 @@ def in_flight(exc: BaseException, running: Container[int] = ()) -> bool:
     traceback = traceback_of(exc)
     while traceback is not None:
         frame = traceback.tb_frame
-        if not is_finished(frame) and not frame.f_code.co_flags & _GENERATOR:
+        if _goes_on(frame):
             if id(frame) not in running:
                 if frame.f_code.co_flags & _RESUMABLE:
                     return True
@@ -808,13 +813,7 @@ def _drop_older_entries(exc: BaseException, emptied: Container[int]) -> None:
                 if head is entry:
                     return
                 if head is not None:
-                    # Copied: another exception may share the entries.
-                    for each in reversed(entries[:newer]):
-                        line: Optional[int] = each.tb_lineno
-                        if line is None:  # its code was made without any
-                            line = -1
-                        head = TracebackType(head, each.tb_frame, each.tb_lasti, line)
-                    _TRACEBACK.__set__(exc, head)
+                    _TRACEBACK.__set__(exc, _copy(entries[:newer], head))
                     return
                 is_another = True
             if is_another or not is_older:
@@ -833,6 +832,54 @@ def _drop_older_entries(exc: BaseException, emptied: Container[int]) -> None:
                 severed = each.tb_frame.f_trace
                 severed[key] |= _FIRST_TIME
                 break
+
+
+def _copy(
+    entries: List[TracebackType], rest: Optional[TracebackType]
+) -> Optional[TracebackType]:
+    """Put copies of entries before others: another exception may share these."""
+    for each in reversed(entries):
+        line: Optional[int] = each.tb_lineno
+        if line is None:  # its code was made without any
+            line = -1
+        rest = TracebackType(rest, each.tb_frame, each.tb_lasti, line)
+    return rest
+
+
+# Entries that stay: the newest, those that follow one that goes on, and the oldest; and
+# more of those that one raise has put there, whose functions have called each other.
+_MOST_OF_EACH = 50
+
+
+def drop_ended_entries(exc: BaseException) -> None:
+    """Shorten the traceback of an exception that somebody has in hand for long.
+
+    Each request that raises the same instance puts its entries before all others, and
+    while a worker waits with it in hand nothing of it is severed.  So what would stay
+    are the requests, and each of them would go through the entries of all.
+    """
+    entries: List[TracebackType] = []
+    kept: List[TracebackType] = []
+    seen: Set[int] = set()
+    to_keep = _MOST_OF_EACH
+    caller = None
+    entry = traceback_of(exc)
+    while entry is not None:
+        entries.append(entry)
+        frame = entry.tb_frame
+        if id(frame) not in seen and _goes_on(frame):
+            seen.add(id(frame))
+            to_keep = _MOST_OF_EACH
+        if to_keep or (caller is not None and frame.f_back is caller):
+            kept.append(entry)
+            to_keep -= to_keep > 0
+            caller = frame
+        else:
+            caller = None
+        entry = entry.tb_next
+    kept_oldest = entries[-_MOST_OF_EACH:]
+    if len(entries) > 2 * (len(kept) + len(kept_oldest)):
+        _TRACEBACK.__set__(exc, _copy(kept, kept_oldest[0]))
 
 
 def _of_first_time(entry: Optional[TracebackType], key: int) -> Optional[TracebackType]:

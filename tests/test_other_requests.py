@@ -1,6 +1,7 @@
 """One exception in flight in several requests: none of them is disturbed."""
 
 import asyncio
+import logging
 import os
 import queue
 import sys
@@ -433,6 +434,69 @@ def test_a_worker_that_goes_on_keeps_no_requests(
     open_, closed = run(main(GUARDS[install]))
     assert open_ <= connections._MOST_LATER
     assert closed == 0
+
+
+def test_a_worker_that_waits_with_an_instance_keeps_few_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its traceback grows by each request that raises it, and by what the worker tries.
+
+    The worker's report has its own part of it, and that of the last request.
+    """
+    # It would format all of that each time.
+    monkeypatch.setattr(logging.getLogger("aiohttp.server"), "disabled", True)
+    instance = Down("one for all")
+    texts: List[str] = []
+
+    def connect(marker: str) -> None:
+        raise instance
+
+    async def work(goes_on: asyncio.Event) -> None:
+        for _ in range(100):  # it has tried for long
+            try:
+                connect("the worker's")
+            except Down:
+                await asyncio.sleep(0)
+        try:
+            connect("the worker's")
+        except Down as exc:
+            await goes_on.wait()
+            texts.extend(traceback.format_tb(exc.__traceback__))
+            markers = [
+                frame.f_locals["marker"]
+                for frame, _ in traceback.walk_tb(exc.__traceback__)
+                if frame.f_code is connect.__code__
+            ]
+            assert {"a request's", "the worker's"} <= set(markers)
+
+    async def handler(request: web.Request) -> web.Response:
+        connect("a request's")
+        return web.Response()
+
+    async def left(guard: Guard) -> int:
+        goes_on = asyncio.Event()
+        worker = asyncio.ensure_future(work(goes_on))
+        app = web.Application()
+        app.router.add_get("/", handler)
+        guard(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                for _ in range(150):
+                    assert (await service.ask())[0] == 500
+                await service.settle()
+            found = len(alive()) - before
+        goes_on.set()
+        await worker
+        return found
+
+    assert run(left(lambda app: None)) == 150
+    assert len(texts) > 600
+    instance.__traceback__ = None
+    texts.clear()
+    assert run(left(setup)) < 75
+    assert len(texts) < 300
+    assert any("in work" in text for text in texts)
 
 
 @pytest.mark.parametrize("stays", [False, True])
