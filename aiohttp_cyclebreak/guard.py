@@ -101,9 +101,7 @@ class _FollowedRequest(Holder):
         "kept",
     )
 
-    def __init__(
-        self, request: web.BaseRequest, connection: "Optional[Connection]"
-    ) -> None:
+    def __init__(self, request: web.BaseRequest, connection: Connection) -> None:
         super().__init__()
         self.request = request
         self.connection = connection  # aiohttp lets go of request.task before the end
@@ -174,18 +172,15 @@ class _FollowedRequest(Holder):
                     self.note(error)
             self._let_go()
             connection = self.connection
-            if connection is not None:
-                connection.following -= 1
-                if connection.later:
-                    connection.sever_later_ones()
+            connection.following -= 1
+            if connection.later:
+                connection.sever_later_ones()
             if not self.kept:
                 dropped = self._drop(task)
                 if self.exceptions and not dropped:
                     self._sever(self.exceptions, _emptied_by(connection))
                 self._release(task)
-                if connection is not None and (
-                    dropped or internals.has_read_body(self.request)
-                ):
+                if dropped or internals.has_read_body(self.request):
                     _look_again_soon(self, connection, self.exceptions, dropped, task)
         except Exception:
             complain("severing a request")
@@ -193,9 +188,9 @@ class _FollowedRequest(Holder):
             self._let_go()
             # The traceback of an exception that is left alone may lead here.
             self.exceptions = []
-            if self.connection is not None and not self.connection.following:
+            if not self.connection.following:
                 self.connection.emptied = None
-            self.connection = None
+            del self.connection
 
     def _drop(self, task: "asyncio.Future[Any]") -> bool:
         """Cut only what aiohttp holds, if nobody else holds anything.
@@ -203,9 +198,7 @@ class _FollowedRequest(Holder):
         Then the rest goes by itself, in a fraction of the time that severing takes.
         """
         connection = self.connection
-        if len(self.exceptions) != 1 or connection is None or not COUNTS_ARE_EXACT:
-            return False
-        if not self.are_default:
+        if len(self.exceptions) != 1 or not self.are_default or not COUNTS_ARE_EXACT:
             return False
         # The frames of a websocket's handler are to be looked at.
         if hdrs.UPGRADE in self.request.headers:
@@ -219,8 +212,6 @@ class _FollowedRequest(Holder):
             known = 6 + connection.holds(exc)
         if getrefcount(exc) != known or not goes_by_itself(exc):
             return False
-        if exc is internals.missing_route(self.request):
-            return False
         # A response that was not raised up to aiohttp's frame was returned.
         if exc is response:
             entry = traceback_of(exc)
@@ -231,8 +222,6 @@ class _FollowedRequest(Holder):
             self._tell(exc, Cut(exceptions=1, tracebacks=frames, frames=frames))
         if exc is response:  # the traceback stays: somebody else may have it after all
             empty_with_callers(next(frames_of(exc)))
-        else:
-            detach(exc)
         return True
 
     def _sever(
@@ -252,7 +241,7 @@ class _FollowedRequest(Holder):
         # Who has those in flight has passed no middleware: a background task.
         if in_use is not None:
             leave(sorted_out.in_flight, self._clears_frames, sorted_out.kept)
-        elif self.connection is not None:
+        else:
             self.connection.keep_for_later(
                 sorted_out.in_flight, self._clears_frames, sorted_out.kept
             )
@@ -320,10 +309,8 @@ class _FollowedRequest(Holder):
             _release_payload(request, self.connection, late)
 
 
-def _emptied_by(connection: "Optional[Connection]") -> Emptied:
+def _emptied_by(connection: Connection) -> Emptied:
     """What was emptied for requests that end with this one, such as its clones."""
-    if connection is None:
-        return Emptied()
     if connection.emptied is None:
         connection.emptied = Emptied()
     return connection.emptied
@@ -334,17 +321,14 @@ class _Asked:
 
     That is what became of an exception that was put off, and a body to let go.  The
     connection's next request is not waited for: a middleware outside of ours may answer
-    it.
+    it.  No option says anything of either, or the request is followed.
     """
 
-    __slots__ = ("request", "connection", "options")
+    __slots__ = ("request", "connection")
 
-    def __init__(
-        self, request: web.BaseRequest, connection: Connection, options: Options
-    ) -> None:
+    def __init__(self, request: web.BaseRequest, connection: Connection) -> None:
         self.request = request
         self.connection = connection
-        self.options = options
 
     def done(self, task: "asyncio.Future[Any]") -> None:
         _end_once_told(self, task)
@@ -360,7 +344,7 @@ class _Asked:
                 connection.sever_later_ones()
             dropped = None
             if not internals.kept_exceptions(self.request):
-                dropped = self._drop(task)
+                dropped = self._drop()
             if dropped is None:
                 self._follow().end(task)
                 return
@@ -371,7 +355,7 @@ class _Asked:
         except Exception:
             complain("letting go of a request")
 
-    def _drop(self, task: "asyncio.Future[Any]") -> Optional[List[BaseException]]:
+    def _drop(self) -> Optional[List[BaseException]]:
         """As :meth:`_FollowedRequest._drop`, of what was put off.
 
         Returns:
@@ -387,7 +371,6 @@ class _Asked:
         known = 5 + connection.holds(exc)
         if (
             getrefcount(exc) != known
-            or internals.response_of(task) is not exc
             or not goes_by_itself(exc)
             or not clear_request_frame(exc)  # or it was returned
             or getrefcount(exc) != known - 1
@@ -401,7 +384,6 @@ class _Asked:
         followed = _FollowedRequest(self.request, self.connection)
         del self.request  # what is followed counts the references to it
         self.connection.following += 1
-        followed.add_options(self.options)
         exc = self.connection.take_back_of(followed.request)
         if exc is not None:
             followed.note(exc)
@@ -410,11 +392,11 @@ class _Asked:
 
 def _release_payload(
     request: web.BaseRequest,
-    connection: "Optional[Connection]",
+    connection: Connection,
     late: Type[web.PayloadAccessError] = web.PayloadAccessError,
 ) -> None:
     content = request.content
-    if not internals.release_payload(content, late) and connection is not None:
+    if not internals.release_payload(content, late):
         # The client still sends the body; aiohttp reads on for a while.
         connection.unread = partial(internals.release_payload, content, late)
         content.on_eof(partial(unread_has_come, connection.reference))
@@ -504,11 +486,11 @@ def _release_read_body(
             # References: the list, the variable, the argument; the connection's frame.
             known = 3 + connection.holds(exc)
             if getrefcount(exc) == known and goes_by_itself(exc):
-                if not getweakrefs(exc):
+                if getweakrefs(exc):
+                    for frame in frames_of(exc):
+                        empty(frame)
+                else:
                     detach(exc)  # nobody comes to it any more
-                    continue
-                for frame in frames_of(exc):
-                    empty(frame)
         # References: the attribute, the variable, the argument; the connection's frame.
         known = 3 + connection.holds(request)
         if (
@@ -556,16 +538,17 @@ def follow(
         if task is None:
             return None
         connection = follow_connection(request.task)
+        if connection is None:
+            return None
         followed = request.__dict__[_FOLLOWED] = _FollowedRequest(request, connection)
         task.add_done_callback(followed.done)
-        if connection is not None:
-            connection.following += 1
-            if connection.put_off is not None:
-                exc = connection.take_back_of(request)
-                if exc is not None:
-                    followed.note(exc)
-                else:
-                    connection.sever_put_off(request)
+        connection.following += 1
+        if connection.put_off is not None:
+            exc = connection.take_back_of(request)
+            if exc is not None:
+                followed.note(exc)
+            else:
+                connection.sever_put_off(request)
     if options is not None:
         followed.add_options(options)
     if calls.are_followed:
@@ -660,7 +643,7 @@ def note_http_exception(
                                 or internals.is_outermost(request, middleware)
                             )
                         )
-                        or _ask_in_the_end(request, connection, options)
+                        or _ask_in_the_end(request, connection)
                     )
                 ):
                     connection.put_off = exc
@@ -673,9 +656,7 @@ def note_http_exception(
     note(request, exc, options)
 
 
-def _ask_in_the_end(
-    request: web.BaseRequest, connection: Connection, options: Options
-) -> bool:
+def _ask_in_the_end(request: web.BaseRequest, connection: Connection) -> bool:
     """Have a request's task asked, once it is done, what became of the request.
 
     Returns:
@@ -687,7 +668,7 @@ def _ask_in_the_end(
     if task is None:
         return False
     connection.asked = request
-    task.add_done_callback(_Asked(request, connection, options).done)
+    task.add_done_callback(_Asked(request, connection).done)
     return True
 
 
@@ -755,7 +736,7 @@ def _keeps_only_body(request: web.Request, options: Options) -> bool:
         connection.sever_put_off(request)  # if it is of an earlier one
     if connection.put_off is not None:
         return False
-    return _ask_in_the_end(request, connection, options)
+    return _ask_in_the_end(request, connection)
 
 
 def _look_at_calls(request: web.Request, options: Options) -> None:
