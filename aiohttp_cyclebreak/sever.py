@@ -124,15 +124,12 @@ if sys.version_info >= (3, 11):
         """Whether somebody has read ``f_locals`` of a frame, as Sentry does.
 
         It left a dict of them in the frame, which ``clear()`` forgets: asking for it
-        again brings it up to date.
+        again brings it up to date.  Of a frame that is cleared it is the only dict.
         """
-        code = frame.f_code
-        for each in gc.get_referents(frame):
-            if each is code:
-                return False
+        for each in gc.get_referents(frame):  # noqa: SIM110 - as above
             if type(each) is dict:
                 return True
-        return True
+        return False
 
 else:
     _YIELD_VALUE = dis.opmap["YIELD_VALUE"]
@@ -177,10 +174,7 @@ def local_values(frame: FrameType) -> List[Any]:
     """What a finished function has in its locals, and some of what it is made of.
 
     Reading ``f_locals`` would bring up to date a dict that somebody else may have.
-    Those of a class body or ``exec()`` are not read: their namespace may be any object.
     """
-    if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-        return []
     values = gc.get_referents(frame)
     cells = [each for each in values if type(each) is CellType]
     return values + [held for each in cells for held in gc.get_referents(each)]
@@ -531,7 +525,7 @@ def empty(frame: FrameType) -> bool:
         frame.clear()
     except RuntimeError:  # it executes, in this thread or in another
         return False
-    if severed is not None and type(severed) is _Severed:  # which clear() forgets
+    if type(severed) is _Severed:  # which clear() forgets
         frame.f_trace = severed  # type: ignore[assignment]
     if sys.version_info < (3, 13) and _was_looked_at(frame):
         try:
