@@ -57,8 +57,8 @@ __all__ = (
     "sort_out",
 )
 
-# Neither of these keeps anything alive.  Who has noted an exception, by its id; each by
-# that of its reference, since thousands may have one exception.
+# Neither of these keeps anything alive.  Who has noted an exception, by its id, and who
+# has not gone since; each by that of its reference, since thousands may have one.
 in_hand: "Dict[int, Dict[int, ref[Holder]]]" = {}
 # Connections that have put an exception off, by its id.
 pending: "Dict[int, ref[Connection]]" = {}
@@ -143,9 +143,8 @@ class Holder:
 
 def somebody_has(exc: BaseException) -> bool:
     """Whether somebody who is not done with an exception has noted it."""
-    for holder in in_hand.get(id(exc), {}).values():
-        if holder() is not None:
-            return True
+    if id(exc) in in_hand:
+        return True
     found = pending.get(id(exc))
     connection = None if found is None else found()
     return connection is not None and connection.needs(exc)
