@@ -12,12 +12,14 @@ import ssl
 import sys
 import threading
 import traceback
+from collections import deque
 from contextvars import ContextVar
 from typing import (
     Any,
     AsyncIterator,
     Awaitable,
     Callable,
+    Deque,
     Dict,
     List,
     Optional,
@@ -813,6 +815,32 @@ def test_what_is_to_be_kept_is_kept(
     assert "response" in frames[1].f_locals
 
 
+def test_an_inner_layer_is_asked_what_to_keep() -> None:
+    """Of calls that the handler swallows, too."""
+    kept: List[BaseException] = []
+
+    async def handler(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> str:
+        try:
+            return await read(request, session, url)
+        except FAILURES as exc:
+            kept.append(exc)
+            return "failed"
+
+    def install(app: web.Application) -> None:
+        inner = cyclebreak(keep=lambda request, exc: True)
+        app.middlewares.extend([cyclebreak(), inner])
+
+    async def main() -> None:
+        async with gateway(handler, Upstream(()), install=install) as fixture:
+            assert await fixture.ask() == (200, "failed")
+
+    run(main())
+    frames = [frame for frame, _ in traceback.walk_tb(kept[0].__traceback__)]
+    assert "url" in frames[1].f_locals
+
+
 def _with_request(handler: Call) -> Call:
     async def with_request(
         request: web.Request, session: aiohttp.ClientSession, url: str
@@ -968,7 +996,9 @@ def test_a_worker_that_has_ended_leaves_nothing() -> None:
     assert run(main()) == 0
 
 
-@pytest.mark.parametrize("gather", [list, enumerate, "in a dict", "at once"])
+@pytest.mark.parametrize(
+    "gather", [list, enumerate, "in a dict", "in other tasks", "at once"]
+)
 def test_a_handler_has_the_failures_of_all_that_it_gathers(gather: Any) -> None:
     """However many they are, and in whatever it has them, until it has answered."""
     number = 3 * MOST_NOTED
@@ -986,12 +1016,15 @@ def test_a_handler_has_the_failures_of_all_that_it_gathers(gather: Any) -> None:
             )
             if callable(gather):
                 failed = list(gather(failed))
-            elif pauses:
+            elif gather == "in a dict":
                 failed = dict(enumerate(failed))
             if pauses:  # other calls fail while it reports them
                 for _ in range(2 * number):
                     with contextlib.suppress(*FAILURES):
-                        await call(session, refused)
+                        other = call(session, refused)
+                        if gather == "in other tasks":  # it has made no call itself
+                            other = asyncio.gather(other)
+                        await other
             if gather is enumerate:
                 failed = dict(failed)
             if isinstance(failed, dict):
@@ -1195,6 +1228,38 @@ def test_a_stream_of_failing_calls_does_not_pile_up(
 
     assert run(main(False)) == 300
     assert run(main(True)) <= most
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_keep_cycles_is_of_a_stream_of_failing_calls_too(keeps: bool) -> None:
+    """While it goes on, as when it has ended."""
+    number = 2 * MOST_NOTED
+    kept: Deque[BaseException] = deque()  # where nobody looks for what is in use
+    whole: List[int] = []
+
+    async def handler(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> str:
+        for _ in range(number):
+            try:
+                await call(session, url)
+            except FAILURES as exc:
+                kept.append(exc)
+            await asyncio.sleep(0)
+        whole.append(sum(map(markers_in, kept)))
+        return "done"
+
+    async def main() -> None:
+        decorated = keep_cycles(_with_request(handler)) if keeps else handler
+        async with gateway(decorated, Upstream(())) as fixture:
+            await fixture.ask()
+
+    run(main())
+    if keeps:
+        assert whole == [number]
+    else:
+        assert whole[0] <= MOST_NOTED + 1
+    assert sum(map(markers_in, kept)) == (number if keeps else 0)
 
 
 @pytest.mark.parametrize("loop", LOOPS)

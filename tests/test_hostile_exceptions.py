@@ -322,16 +322,39 @@ def test_the_end_of_the_process_out_of_a_handler(
     error: Type[BaseException], guard_app: str
 ) -> None:
     """It comes out of the event loop as bare; what runs after it cleans up as ever."""
-    raised = end_the_process(error, bare)
+    raised = end_the_process(error, error, bare)
     # Out of a task that was started eagerly, from CPython 3.12 on, it comes in the
     # middle of the connection's own, and 3.12 loses it there.
     assert raised is error or sys.version_info >= (3, 12)
-    assert end_the_process(error, GUARDS[guard_app]) is raised
+    assert end_the_process(error, error, GUARDS[guard_app]) is raised
 
 
-def end_the_process(error: Type[BaseException], guard_app: Any) -> Optional[type]:
+@pytest.mark.parametrize("option", ["keep", "on_break"])
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_the_end_of_the_process_out_of_a_callback(
+    error: Type[BaseException], option: str
+) -> None:
+    """It is no failure to be logged: it comes out of the event loop as well."""
+    ended: List[bool] = []
+
+    def end(*args: Any) -> bool:
+        if ended:
+            return False
+        ended.append(True)
+        raise error
+
+    def guard_app(app: web.Application) -> None:
+        options: Any = {option: end}
+        setup(app, **options)
+
+    assert end_the_process(error, ValueError, guard_app) is error
+
+
+def end_the_process(
+    error: Type[BaseException], raised_there: Type[BaseException], guard_app: Any
+) -> Optional[type]:
     async def handler(request: web.Request) -> web.Response:
-        exc = error("out")
+        exc = raised_there("out")
         raise exc
 
     app = web.Application()

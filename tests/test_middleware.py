@@ -496,6 +496,27 @@ def test_an_error_in_a_callback_is_logged_once(option: str, log: List[str]) -> N
 
 
 @pytest.mark.expects_complaint
+def test_after_an_error_in_keep_the_exception_is_kept() -> None:
+    """A leak is better than a traceback lost."""
+    held: List[BaseException] = []
+
+    async def fail(request: web.Request) -> web.Response:
+        secret = request.match_info["name"]
+        raise ValueError(secret)
+
+    def keep(request: web.Request, exc: BaseException) -> bool:
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        app = application(fail)
+        setup(app, keep=keep)
+        await serve_and_hold(app, held, "/item/kept")
+
+    run(main())
+    assert handler_locals(held[0])["secret"] == "kept"
+
+
+@pytest.mark.expects_complaint
 @pytest.mark.parametrize(
     ("module", "function", "options"),
     [

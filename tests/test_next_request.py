@@ -19,6 +19,7 @@ from aiohttp_cyclebreak import (
     cyclebreak,
     guard_server,
     holders,
+    keep_cycles,
     setup,
 )
 
@@ -504,6 +505,98 @@ def test_a_request_that_is_tried_again_reports_the_first_failure(
 
     assert run(main()) == 0
     assert reported == [True] * 3
+
+
+# One that is outside does not see the failure.
+@pytest.mark.parametrize("guard", ["appended", "below", "setup"])
+@pytest.mark.parametrize("again", ["request", "clone"])
+def test_a_request_that_succeeds_when_it_is_tried_again_reports_its_failure(
+    again: str, guard: str
+) -> None:
+    """With its locals, though no function that it came through goes on."""
+    fails: List[bool] = []
+    reported: List[bool] = []
+
+    async def attempt(request: web.Request, handler: Any) -> Any:
+        try:
+            return await handler(request)
+        except web.HTTPException as exc:
+            return exc
+
+    @web.middleware
+    async def retry(request: web.Request, handler: Any) -> web.StreamResponse:
+        failed = await attempt(request, handler)
+        fails.clear()
+        other = request if again == "request" else request.clone()
+        response: web.StreamResponse = await attempt(other, handler)
+        await asyncio.sleep(0)
+        reported.append(has_local(failed, "fail_once", "marker"))
+        return response
+
+    async def fail_once(request: web.Request) -> web.Response:
+        marker = request.path
+        if fails:
+            raise web.HTTPBadRequest(text=marker)
+        return web.Response()
+
+    async def main() -> int:
+        app = application(retry)
+        app.router.add_get("/fail", fail_once)
+        GUARDS[guard](app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                for _ in range(3):
+                    fails.append(True)
+                    assert (await service.ask("/fail"))[0] == 200
+                    await service.settle()
+            return len(alive()) - before
+
+    assert run(main()) == 0
+    assert reported == [True] * 3
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_response_that_a_task_has_in_hand_later_goes_with_that(guard: str) -> None:
+    """The connection has gone on in between, and keeps it until then."""
+    tasks: List[Any] = []
+
+    async def hold(response: Any, go: asyncio.Event) -> None:
+        try:
+            raise response
+        except web.HTTPException:
+            await go.wait()
+
+    async def main(install: Guard) -> List[str]:
+        go = asyncio.Event()
+
+        async def share(request: web.Request, response: Any) -> None:
+            if not tasks:
+                tasks.append(asyncio.ensure_future(hold(response, go)))
+                await asyncio.sleep(0)
+
+        app = application()
+        app.on_response_prepare.append(share)
+        install(app)
+        with no_collector():
+            async with serve(app) as service:
+                client = await service.connect()
+                for number in range(4):
+                    assert await ask(client, f"/refuse/{number}") == 400
+                    await spin()
+                    if number == 1:
+                        go.set()
+                        await tasks[0]
+                        tasks[0] = None
+                left = [each.path for each in alive()]
+                client.close()
+                await service.settle()
+            tasks.clear()
+        return left
+
+    assert "/refuse/0" in run(main(lambda app: None))
+    gc.collect()
+    assert "/refuse/0" not in run(main(GUARDS[guard]))
 
 
 def test_an_exception_that_is_shared_only_later_is_left_whole() -> None:
@@ -1035,6 +1128,30 @@ def test_what_is_swallowed_is_followed_to_the_end(
 
     assert run(main(lambda app: None), loop) == 5
     assert run(main(GUARDS[api]), loop) == 0
+
+
+@pytest.mark.parametrize("api", GUARDS)
+def test_a_next_request_that_is_left_alone_keeps_no_earlier_one(api: str) -> None:
+    """What was put off is that one's, and not to be kept."""
+
+    async def main(install: Guard) -> int:
+        app = application()
+        app.router.add_get("/kept", keep_cycles(answer))
+        install(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                client = await service.connect()
+                assert await ask(client, "/refuse/1") == 400
+                assert await ask(client, "/kept") == 200
+                await spin()
+                left = len(alive()) - before
+                client.close()
+                await service.settle()
+        return left
+
+    assert run(main(lambda app: None)) == 2
+    assert run(main(GUARDS[api])) == 1
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -432,6 +432,71 @@ def test_a_worker_that_goes_on_keeps_no_requests(
 
     assert min(run(main(lambda app: None))) >= 29
     open_, closed = run(main(GUARDS[install]))
+
+
+@pytest.mark.parametrize("following", ["/fail", "POST"])
+@pytest.mark.parametrize("install", ["appended", "setup"])
+def test_what_a_worker_lets_go_during_a_request_goes_with_that(
+    install: str, following: str
+) -> None:
+    """The connection has kept it until then, and may be idle from now on."""
+    hold: List[asyncio.Event] = []
+
+    async def work(future: "asyncio.Future[Any]") -> None:
+        try:
+            raise ConnectionError
+        except ConnectionError as exc:
+            future.set_exception(exc)
+            del future
+            await hold[0].wait()
+
+    async def refuse(request: web.Request) -> web.Response:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        hold[:] = [asyncio.Event()]
+        workers.append(asyncio.ensure_future(work(future)))
+        try:
+            await future
+        except ConnectionError as exc:
+            raise web.HTTPServiceUnavailable from exc
+        raise AssertionError
+
+    async def let_go(request: web.Request) -> web.Response:
+        await request.read()
+        hold[0].set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if request.path == "/fail":
+            raise web.HTTPServiceUnavailable from ValueError()
+        return web.Response()
+
+    workers: List[Any] = []
+
+    async def main(guard: Any) -> int:
+        app = web.Application()
+        app.router.add_get("/", refuse)
+        app.router.add_route("*", "/{tail:.+}", let_go)
+        guard(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                client = await service.connect()
+                await client.get("/")
+                assert (await client.answer())[0] == 503
+                if following == "POST":
+                    await client.post("/post", b"body")
+                else:
+                    await client.get(following)
+                assert (await client.answer())[0] in (200, 503)
+                await spin()
+                found = len(alive()) - before
+                client.close()
+                await service.settle()
+            workers.clear()
+        return found
+
+    assert run(main(lambda app: None)) == 2
+    assert run(main(GUARDS[install])) == 1
+
     assert open_ <= connections._MOST_LATER
     assert closed == 0
 
@@ -606,8 +671,112 @@ def test_what_is_kept_is_left_alone_by_who_looks_later(
         await asyncio.wait([worker])
 
     run(main())
-    *_, frame = [each for each, _ in traceback.walk_tb(kept[0].__traceback__)]
+    outer, frame = [each for each, _ in traceback.walk_tb(kept[0].__traceback__)]
     assert frame.f_locals == {"marker": "to be kept"}
+    assert "request" in outer.f_locals  # the other one has it too
+
+
+def test_what_is_kept_is_left_alone_when_the_connection_goes_on() -> None:
+    """It shares a frame with what a worker had in hand, and has let go."""
+    kept: List[BaseException] = []
+    had: List[BaseException] = []
+    workers: List[Any] = []
+
+    async def work(future: "asyncio.Future[Any]", go: asyncio.Event) -> None:
+        try:
+            raise Down
+        except Down as exc:
+            had.append(exc)
+            future.set_exception(exc)
+            await go.wait()
+
+    async def main() -> None:
+        go = asyncio.Event()
+
+        async def refuse(request: web.Request) -> web.Response:
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            workers.append(asyncio.ensure_future(work(future, go)))
+            try:
+                raise LookupError
+            except LookupError as exc:
+                kept.append(exc)
+            try:
+                await future
+            except Down as exc:
+                exc.__cause__ = kept[0]
+                raise web.HTTPServiceUnavailable from exc
+            raise AssertionError
+
+        app = web.Application()
+        app.router.add_get("/", refuse)
+        setup(app, keep=lambda request, exc: isinstance(exc, LookupError))
+        async with serve(app) as service:
+            client = await service.connect()
+            await client.get("/")
+            assert (await client.answer())[0] == 503
+            go.set()
+            await asyncio.wait(workers)
+            await client.get("/missing")
+            assert (await client.answer())[0] == 404
+            await spin()
+            frames = [frame for frame, _ in traceback.walk_tb(had[0].__traceback__)]
+            assert [frame.f_code.co_name for frame in frames] == ["refuse", "work"]
+            assert "request" in frames[0].f_locals
+            assert frames[1].f_locals == {}
+            client.close()
+            await service.settle()
+
+    run(main())
+
+
+async def fail_and_wait(found: List[BaseException], go: asyncio.Event) -> None:
+    marker = "local"
+    try:
+        raise Down(marker)
+    except Down as exc:
+        found.append(exc)
+        await go.wait()
+
+
+def test_what_is_left_over_is_looked_at_when_more_has_come() -> None:
+    """Who had it in hand is done with it by then."""
+    found: List[BaseException] = []
+
+    async def main() -> None:
+        for number in range(2):
+            go = asyncio.Event()
+            task = asyncio.ensure_future(fail_and_wait(found, go))
+            await asyncio.sleep(0)
+            holders.leave(found[number:])
+            await spin()
+            (frame,) = (each for each, _ in traceback.walk_tb(found[0].__traceback__))
+            assert ("marker" in frame.f_locals) is (number == 0)
+            go.set()
+            await task
+
+    run(main())
+
+
+def test_of_very_many_that_are_left_over_the_first_ones_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who has them may never let go of them."""
+    monkeypatch.setattr(holders, "MOST_NOTED", 10)
+
+    async def main() -> int:
+        last = None
+        for _ in range(3 * holders.MOST_NOTED):
+            failure = Down()
+            failure.__context__ = last
+            try:
+                raise failure
+            except Down as exc:
+                last = exc
+            holders.leave([failure])
+            await asyncio.sleep(0)
+        return len(holders._left_over[asyncio.get_running_loop()].exceptions)
+
+    assert run(main()) <= 12  # as many, and for each task one
 
 
 def test_few_tasks_are_looked_into_for_what_is_left_over(

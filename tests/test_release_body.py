@@ -338,6 +338,42 @@ def test_keep_cycles_leaves_the_body_of_an_idle_connection(
     assert run(kept_by_an_idle_connection(app)) == [left]
 
 
+@pytest.mark.parametrize("guard", GUARDS)
+def test_who_refers_to_a_response_weakly_prints_its_traceback(guard: str) -> None:
+    """All the same the idle connection does not keep the body."""
+    found: List[Any] = []
+
+    async def refuse(request: web.Request) -> web.Response:
+        await request.read()
+        try:
+            raise web.HTTPBadRequest
+        except web.HTTPBadRequest as exc:
+            found.append(weakref.ref(exc))
+            raise
+
+    others = alive()  # held, so that an id stays its own
+    ids = set(map(id, others))
+
+    async def main() -> int:
+        app = application(refuse)
+        GUARDS[guard](app)
+        with no_collector():
+            async with serve(app) as service:
+                client = await service.connect()
+                await client.post("/", b"body")
+                await client.answer()
+                await spin()
+                frames = traceback.format_tb(found[0]().__traceback__)
+                assert "in refuse" in frames[-1]
+                (request,) = (each for each in alive() if id(each) not in ids)
+                size = internals.body_size(request)
+                client.close()
+                await service.settle()
+        return size
+
+    assert run(main()) == (4 if guard == "bare" else 0)
+
+
 def setup_and_append(app: web.Application) -> None:
     setup(app)
     app.middlewares.append(cyclebreak())

@@ -15,10 +15,14 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 
 from aiohttp_cyclebreak.sever import (
+    _LONGEST_ROW,
+    _MOST_GATHERED,
     COUNTS_ARE_EXACT,
     Cut,
     Emptied,
+    _have_threads_gone_on,
     awaits_in,
+    exceptions_in,
     frames_of,
     graph,
     handled_by,
@@ -378,8 +382,27 @@ def test_an_exception_that_a_thread_handles_is_in_flight() -> None:
     go_on.set()
     handled.wait()
     assert not in_flight(shared)
+    try:
+        raise KeyError
+    except KeyError:  # it is another one
+        assert not in_flight(shared)
     goes_on.set()
     thread.join()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="executing is not told there")
+def test_what_executes_and_is_in_no_thread_may_handle_it() -> None:
+    """As a function of a greenlet that is suspended; a generator stands for it."""
+
+    def suspend() -> Iterator[None]:
+        yield
+
+    greenlet: Any = suspend()
+    next(greenlet)
+    frames = {id(sys._getframe())}
+    assert _have_threads_gone_on(frames, ValueError())
+    frames.add(id(greenlet.gi_frame))
+    assert not _have_threads_gone_on(frames, ValueError())
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="executing is not told there")
@@ -438,6 +461,32 @@ def test_what_a_task_has_in_a_variable_is_found(shares: bool) -> None:
     coroutine.send(None)
     assert failure in handled_by(coroutine)
     coroutine.close()
+
+
+def test_a_task_that_has_itself_in_a_variable_is_looked_into_once() -> None:
+    """Or the look would have no end."""
+    coroutines: List[Any] = []
+
+    async def has_itself() -> None:
+        own = coroutines[0]
+        await asyncio.sleep(0)
+        del own
+
+    coroutines.append(has_itself())
+    coroutines[0].send(None)
+    assert handled_by(coroutines[0]) == []
+    coroutines.pop().close()
+
+
+def test_what_is_very_long_is_not_gone_through() -> None:
+    """It is data, and no result of a few calls."""
+    failure = ValueError("in a list")
+    long = [failure] * (_MOST_GATHERED + 1)
+    assert exceptions_in([long], lists=True) == []
+    assert exceptions_in([long[1:]], lists=True) == long[1:]
+    row = (failure, *range(_LONGEST_ROW))
+    assert exceptions_in([[row]], lists=True) == []
+    assert exceptions_in([[row[:-1]]], lists=True) == [failure]
 
 
 def test_a_running_frame_is_left_alone() -> None:
@@ -571,6 +620,23 @@ def test_opening_a_loop_does_not_change_what_prints() -> None:
     assert first.__suppress_context__
 
 
+def test_what_prints_in_place_of_a_cause_that_is_cut_prints_on() -> None:
+    """A context does where the cause was printed before, if it is not suppressed."""
+    first, second, context = ValueError("first"), ValueError("second"), KeyError()
+    first.__cause__, second.__cause__ = second, first
+    second.__context__ = context
+    second.__suppress_context__ = False
+
+    def text() -> List[str]:
+        return traceback.format_exception(type(first), first, None)
+
+    before = text()
+    assert any("KeyError" in line for line in before)
+    sever(graph(first))
+    assert second.__cause__ is None
+    assert text() == before
+
+
 def test_a_loop_through_a_group_is_opened() -> None:
     """A group's members cannot be taken out, so another link is cut."""
     member = ValueError("member")
@@ -581,6 +647,18 @@ def test_a_loop_through_a_group_is_opened() -> None:
     member.__context__ = group
     sever(graph(group))
     assert member.__context__ is None
+
+
+def test_what_leads_to_an_opened_loop_through_a_group_is_left_alone() -> None:
+    """It is no loop itself, whichever way the loop was found."""
+    member, first = ValueError("member"), ValueError("first")
+    group = ExceptionGroup("group", [member])
+    member.__context__ = group
+    first.__cause__, first.__context__ = member, group
+    sever(graph(first))
+    assert member.__context__ is None
+    assert first.__cause__ is member
+    assert first.__context__ is group
 
 
 def test_a_group_nested_a_thousand_deep() -> None:
