@@ -217,6 +217,23 @@ def test_clients_that_go_away_and_cancel_what_is_sent(handler: Any, loop: str) -
     assert left == (bare if has_task and (is_raised or is_chain) else 0)
 
 
+@pytest.mark.skipif(AIOHTTP < (3, 9), reason="it cancels no handler")
+def test_what_is_kept_stays_whole_when_sending_it_is_cancelled() -> None:
+    """It is the context of the cancellation, which nobody but the task has."""
+    kept: List[BaseException] = []
+
+    def keep(request: web.Request, exc: BaseException) -> bool:
+        if isinstance(exc, web.HTTPException):
+            kept.append(exc)
+        return True
+
+    assert run(left_by_clients_that_go(refuse_at_length, True, keep=keep)) == 3
+    for exc in kept:
+        *_, frame = [each for each, _ in traceback.walk_tb(exc.__traceback__)]
+        assert "request" in frame.f_locals
+    assert len({id(exc) for exc in kept}) == 3
+
+
 @pytest.mark.skipif(AIOHTTP < (3, 8, 2), reason="what it cancels may be left")
 def test_clients_that_go_away_while_a_file_is_sent(tmp_path: pathlib.Path) -> None:
     """There it is a future of the event loop's."""
