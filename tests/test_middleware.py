@@ -639,6 +639,33 @@ def test_several_guards_agree_on_the_most_careful() -> None:
     assert [event.exception for event in others] == [ValueError]
 
 
+@pytest.mark.parametrize("is_inner", [True, False])
+@pytest.mark.parametrize("error", [ValueError, web.HTTPBadRequest])
+def test_one_layer_with_an_option_is_asked_and_told(error: Any, is_inner: bool) -> None:
+    """Though the other one has none, and would take the quick way."""
+    asked: List[type] = []
+    events: List[BreakEvent] = []
+
+    async def fail(request: web.Request) -> web.Response:
+        raise error
+
+    def keep(request: web.Request, exc: BaseException) -> bool:
+        asked.append(type(exc))
+        return False
+
+    async def main() -> None:
+        app = application(fail)
+        layers = [cyclebreak(), cyclebreak(keep=keep, on_break=events.append)]
+        app.middlewares.extend(layers if is_inner else layers[::-1])
+        async with serve(app) as service:
+            await service.ask("/item/a")
+            await service.settle()
+
+    run(main())
+    assert asked == [error]
+    assert [event.exception for event in events] == [error]
+
+
 def test_nothing_of_ours_outlives_the_connections() -> None:
     """Also when the loop is closed under open connections."""
 

@@ -190,6 +190,17 @@ def test_reading_it_later_is_an_error_that_names_the_option(
     assert "release_body=True" in str(outcome)
 
 
+@pytest.mark.parametrize("is_inner", [True, False])
+@pytest.mark.parametrize("handler", [read, refuse])
+def test_one_layer_that_releases_it_is_enough(handler: Any, is_inner: bool) -> None:
+    """Whatever the other one says."""
+    app = application(handler)
+    layers = [cyclebreak(), cyclebreak(release_body=True)]
+    app.middlewares.extend(layers if is_inner else layers[::-1])
+    outcome = run(read_late(app, lambda request: request.read(), b"body"))
+    assert isinstance(outcome, BodyReleasedError)
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("handler", [ignore, refuse_unread])
 @pytest.mark.parametrize("install", INSTALL)
