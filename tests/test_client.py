@@ -1192,6 +1192,48 @@ def test_a_task_that_outlives_its_request_is_on_its_own() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("calls_too", [True, False])
+def test_a_success_of_a_task_that_outlives_its_request(calls_too: bool) -> None:
+    """It is a next call of the task's own, whether the request was followed or not."""
+    errors: List[BaseException] = []
+    left: List[int] = []
+    tasks: List[Any] = []
+
+    async def later(session: aiohttp.ClientSession, url: str, go: Any) -> None:
+        await go.wait()
+        for _ in range(2):
+            try:
+                await call(session, url)
+            except FAILURES as exc:
+                errors.append(exc)
+            await asyncio.sleep(0)
+            left.append(markers_in(errors[0]))
+
+    async def main() -> None:
+        go = asyncio.Event()
+
+        async def handler(
+            request: web.Request, session: aiohttp.ClientSession, url: str
+        ) -> str:
+            if calls_too:
+                with contextlib.suppress(*FAILURES):
+                    await call(session, url)
+            tasks.append(asyncio.ensure_future(later(session, url, go)))
+            return "done"
+
+        answers = [NOT_HTTP] * calls_too + [NOT_HTTP, OK]
+        async with gateway(handler, Upstream(answers)) as fixture:
+            await fixture.service.ask()
+            await spin()
+            go.set()
+            await tasks[0]
+            await fixture.service.settle()
+
+    run(main())
+    assert len(errors) == 1
+    assert left == [1, 0]
+
+
 @pytest.mark.parametrize(("answers", "most"), [((), 101), ((HALF,), 101 + 32)])
 @pytest.mark.parametrize("call", [call, in_a_task, gathered])
 def test_a_stream_of_failing_calls_does_not_pile_up(
