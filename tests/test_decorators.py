@@ -1,5 +1,6 @@
 """break_cycles and keep_cycles: on functions, View classes and methods of one."""
 
+import asyncio
 import functools
 import inspect
 import traceback
@@ -271,3 +272,47 @@ def test_keep_cycles_is_of_the_request_that_was_cloned_too(keeps: bool) -> None:
     run(answer_500(keep_cycles(fail) if keeps else fail, report, clone))
     frames = [frame for frame, _ in traceback.walk_tb(kept.pop().__traceback__)]
     assert ("marker" in frames[-1].f_locals) is keeps
+
+
+def test_keep_cycles_is_of_no_later_request() -> None:
+    """A task hands an earlier one to such a handler while the next one is served."""
+    caught: List[BaseException] = []
+    tasks: List[Any] = []
+
+    @keep_cycles
+    async def audit(request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def main() -> None:
+        go = asyncio.Event()
+
+        async def work(request: web.Request) -> None:
+            await go.wait()
+            await audit(request)
+
+        async def begin(request: web.Request) -> web.Response:
+            tasks.append(asyncio.ensure_future(work(request)))
+            return web.Response()
+
+        async def fail(request: web.Request) -> web.Response:
+            marker = "local"
+            go.set()
+            await tasks[0]
+            caught.append(LookupError(marker))
+            raise caught[0]
+
+        app = web.Application()
+        app.router.add_get("/", begin)
+        app.router.add_get("/fail", fail)
+        setup(app)
+        async with serve(app) as service:
+            client = await service.connect()
+            for path, status in (("/", 200), ("/fail", 500)):
+                await client.get(path)
+                assert (await client.answer())[0] == status
+            client.close()
+            await service.settle()
+
+    run(main())
+    frames = [frame for frame, _ in traceback.walk_tb(caught[0].__traceback__)]
+    assert "marker" not in frames[-1].f_locals
