@@ -432,71 +432,6 @@ def test_a_worker_that_goes_on_keeps_no_requests(
 
     assert min(run(main(lambda app: None))) >= 29
     open_, closed = run(main(GUARDS[install]))
-
-
-@pytest.mark.parametrize("following", ["/fail", "POST"])
-@pytest.mark.parametrize("install", ["appended", "setup"])
-def test_what_a_worker_lets_go_during_a_request_goes_with_that(
-    install: str, following: str
-) -> None:
-    """The connection has kept it until then, and may be idle from now on."""
-    hold: List[asyncio.Event] = []
-
-    async def work(future: "asyncio.Future[Any]") -> None:
-        try:
-            raise ConnectionError
-        except ConnectionError as exc:
-            future.set_exception(exc)
-            del future
-            await hold[0].wait()
-
-    async def refuse(request: web.Request) -> web.Response:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        hold[:] = [asyncio.Event()]
-        workers.append(asyncio.ensure_future(work(future)))
-        try:
-            await future
-        except ConnectionError as exc:
-            raise web.HTTPServiceUnavailable from exc
-        raise AssertionError
-
-    async def let_go(request: web.Request) -> web.Response:
-        await request.read()
-        hold[0].set()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        if request.path == "/fail":
-            raise web.HTTPServiceUnavailable from ValueError()
-        return web.Response()
-
-    workers: List[Any] = []
-
-    async def main(guard: Any) -> int:
-        app = web.Application()
-        app.router.add_get("/", refuse)
-        app.router.add_route("*", "/{tail:.+}", let_go)
-        guard(app)
-        with no_collector():
-            before = len(alive())
-            async with serve(app) as service:
-                client = await service.connect()
-                await client.get("/")
-                assert (await client.answer())[0] == 503
-                if following == "POST":
-                    await client.post("/post", b"body")
-                else:
-                    await client.get(following)
-                assert (await client.answer())[0] in (200, 503)
-                await spin()
-                found = len(alive()) - before
-                client.close()
-                await service.settle()
-            workers.clear()
-        return found
-
-    assert run(main(lambda app: None)) == 2
-    assert run(main(GUARDS[install])) == 1
-
     assert open_ <= connections._MOST_LATER
     assert closed == 0
 
@@ -562,6 +497,70 @@ def test_a_worker_that_waits_with_an_instance_keeps_few_requests(
     assert run(left(setup)) < 75
     assert len(texts) < 300
     assert any("in work" in text for text in texts)
+
+
+@pytest.mark.parametrize("following", ["/fail", "POST"])
+@pytest.mark.parametrize("install", ["appended", "setup"])
+def test_what_a_worker_lets_go_during_a_request_goes_with_that(
+    install: str, following: str
+) -> None:
+    """The connection has kept it until then, and may be idle from now on."""
+    hold: List[asyncio.Event] = []
+
+    async def work(future: "asyncio.Future[Any]") -> None:
+        try:
+            raise ConnectionError
+        except ConnectionError as exc:
+            future.set_exception(exc)
+            del future
+            await hold[0].wait()
+
+    async def refuse(request: web.Request) -> web.Response:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        hold[:] = [asyncio.Event()]
+        workers.append(asyncio.ensure_future(work(future)))
+        try:
+            await future
+        except ConnectionError as exc:
+            raise web.HTTPServiceUnavailable from exc
+        raise AssertionError
+
+    async def let_go(request: web.Request) -> web.Response:
+        await request.read()
+        hold[0].set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if request.path == "/fail":
+            raise web.HTTPServiceUnavailable from ValueError()
+        return web.Response()
+
+    workers: List[Any] = []
+
+    async def main(guard: Any) -> int:
+        app = web.Application()
+        app.router.add_get("/", refuse)
+        app.router.add_route("*", "/{tail:.+}", let_go)
+        guard(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                client = await service.connect()
+                await client.get("/")
+                assert (await client.answer())[0] == 503
+                if following == "POST":
+                    await client.post("/post", b"body")
+                else:
+                    await client.get(following)
+                assert (await client.answer())[0] in (200, 503)
+                await spin()
+                found = len(alive()) - before
+                client.close()
+                await service.settle()
+            workers.clear()
+        return found
+
+    assert run(main(lambda app: None)) == 2
+    assert run(main(GUARDS[install])) == 1
 
 
 @pytest.mark.parametrize("stays", [False, True])
