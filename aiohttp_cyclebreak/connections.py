@@ -10,6 +10,7 @@ import gc
 from contextvars import Context
 from functools import partial
 from sys import getrefcount
+from types import FrameType
 from typing import (
     Any,
     Callable,
@@ -116,8 +117,8 @@ class Connection:
         self.key = id(task)
         # Of the task, until it is done: aiohttp keeps the last request and response in
         # its locals.  From aiohttp 3.13 on a request forgets the task before that.
-        self.coroutine: Any = task.get_coro()
-        self.frame = internals.connection_frame(task)
+        self.coroutine: Any = internals.connection_coroutine(task)
+        self.frame: Optional[FrameType] = getattr(self.coroutine, "cr_frame", None)
         self.errors: List[BaseException] = []  # of aiohttp's parser
         # Releases a body that came after the answer, and says whether it has.
         self.unread: Optional[Callable[[], bool]] = None

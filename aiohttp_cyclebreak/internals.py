@@ -22,7 +22,7 @@ from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_urldispatcher import SystemRoute
 
 from .options import Options
-from .sever import frames_of, is_exception
+from .sever import frames_of, is_exception, wrapped_coroutine
 
 __all__ = (
     "HANDLE_REQUEST",
@@ -30,7 +30,7 @@ __all__ = (
     "all_tasks",
     "body_size",
     "cancellation_of",
-    "connection_frame",
+    "connection_coroutine",
     "connection_holds",
     "connection_of_plain",
     "connection_of_response",
@@ -108,14 +108,16 @@ def request_task(request: web.BaseRequest) -> "Optional[asyncio.Task[Any]]":
     loop_of = getattr(connection, "get_loop", None)
     if loop_of is None or loop_of() is not running:
         return None  # as above, while another loop happens to run
+    waiting_for = getattr(connection, "_fut_waiter", None)
     if current is not None:
+        if waiting_for is current:  # also if a task factory has wrapped its coroutine
+            return current
         coroutine = current.get_coro() if hasattr(current, "get_coro") else None
         if getattr(coroutine, "cr_code", None) is HANDLE_REQUEST:
             return current
     # In a task of the application's own: aiohttp must still be at this request.
     if not _is_current(request):
         return None
-    waiting_for = getattr(connection, "_fut_waiter", None)
     return waiting_for if isinstance(waiting_for, asyncio.Task) else None
 
 
@@ -141,8 +143,8 @@ def own_task(request: Any) -> "Optional[asyncio.Task[Any]]":
     try:
         current: Any = asyncio.current_task()
         waiting_for = getattr(request._task, "_fut_waiter", None)
-        if current.get_coro().cr_code is HANDLE_REQUEST and (
-            waiting_for is current or waiting_for is None
+        if waiting_for is current or (
+            waiting_for is None and current.get_coro().cr_code is HANDLE_REQUEST
         ):
             return current  # type: ignore[no-any-return]
     except Exception:  # there is none, or it is of any class
@@ -196,12 +198,17 @@ def cancellation_of(task: "asyncio.Future[Any]") -> Optional[BaseException]:
 def is_of_sending(frames: Iterator[FrameType]) -> bool:
     """Whether the frames of a connection's exception are those of sending a response.
 
-    aiohttp: ``RequestHandler.start``, ``._handle_request`` and ``.finish_response``,
-    3.8 to 3.14.  Without the last one the answer is no.
+    aiohttp: ``RequestHandler._handle_request``, which calls ``.finish_response``, below
+    ``.start``, 3.8 to 3.14.  Without one of them the answer is no.
     """
-    codes = [frame.f_code for frame in itertools.islice(frames, 1, 3)]
+    # Between them may be what a task factory has put around the coroutines of tasks.
+    codes = [frame.f_code for frame in itertools.islice(frames, _MOST_WRAPPERS + 3)]
     finish = getattr(web_protocol.RequestHandler, "finish_response", None)
-    return codes == [HANDLE_REQUEST, getattr(finish, "__code__", None)]
+    sending: Any = (HANDLE_REQUEST, getattr(finish, "__code__", None))
+    return sending in zip(codes, codes[1:])
+
+
+_MOST_WRAPPERS = 7
 
 
 def is_websocket_of(request: web.BaseRequest, value: object) -> bool:
@@ -298,14 +305,21 @@ def connection_task(request: Any) -> Any:
         return request.task if is_request(request) else None
 
 
-def connection_frame(task: "asyncio.Task[Any]") -> Optional[FrameType]:
-    """The frame of a connection's task, alive for as long as the connection.
+# The code of a connection's task.
+_START: Optional[CodeType] = getattr(
+    getattr(web_protocol.RequestHandler, "start", None), "__code__", None
+)
+
+
+def connection_coroutine(task: "asyncio.Task[Any]") -> Any:
+    """The coroutine of a connection, which lives for as long as its task.
+
+    A task factory, such as Sentry's, may put another one around it.
 
     aiohttp: ``RequestHandler.start``, 3.8 to 3.14; its locals keep the last
     request, response and task, and before 3.11.14 the connection's own task.
     """
-    frame: Optional[FrameType] = getattr(task.get_coro(), "cr_frame", None)
-    return frame
+    return wrapped_coroutine(task.get_coro(), _START)
 
 
 _PAYLOAD_ACCESS_ERROR: Optional[BaseException] = getattr(
@@ -601,8 +615,8 @@ def has_request(request: web.BaseRequest) -> bool:
         task = getattr(getattr(request, "_protocol", None), "_task_handler", None)
     if not isinstance(task, asyncio.Task) or task.done():
         return False
-    owners = [each for each in (task.get_coro(), connection_frame(task)) if each]
-    for each in gc.get_referents(*owners):
+    coroutine = connection_coroutine(task)
+    for each in gc.get_referents(coroutine, getattr(coroutine, "cr_frame", None)):
         if is_request(each):
             if each._payload_writer is request._payload_writer:
                 return True

@@ -564,11 +564,14 @@ def _server_tasks() -> List[List[Any]]:
 
     tasks = []
     for task in _instances([asyncio.Task]):
-        coroutine = task.get_coro()
-        frame = getattr(coroutine, "cr_frame", None)
-        if frame is not None and not task.done():
-            if frame.f_globals.get("__name__") == web.RequestHandler.__module__:
-                tasks.append([task, coroutine, frame])
+        coroutine = None if task.done() else task.get_coro()
+        while coroutine is not None:  # a task factory may wrap that of the server
+            frame = getattr(coroutine, "cr_frame", None)
+            if frame is not None:
+                if frame.f_globals.get("__name__") == web.RequestHandler.__module__:
+                    tasks.append([task, coroutine, frame])
+                    break
+            coroutine = getattr(coroutine, "cr_await", None)
     return tasks
 
 

@@ -64,6 +64,7 @@ __all__ = (
     "returns_of",
     "sever",
     "traceback_of",
+    "wrapped_coroutine",
 )
 
 # Read and written through the descriptors of BaseException itself: a subclass may
@@ -415,6 +416,13 @@ def handled_by(coroutine: Any, lists: bool = False) -> List[BaseException]:
         lists: as for :func:`exceptions_in`.
     """
     found: List[BaseException] = []
+    for _, referents in _awaited_by(coroutine):
+        found += exceptions_in(referents, lists)
+    return found
+
+
+def _awaited_by(coroutine: Any) -> Iterator[Tuple[Any, List[Any]]]:
+    """A suspended coroutine and all that it may wait for, with what each refers to."""
     seen: Set[int] = set()
     todo = [coroutine]
     while todo:
@@ -429,9 +437,27 @@ def handled_by(coroutine: Any, lists: bool = False) -> List[BaseException]:
         # What a nested function has too, or before CPython 3.12 a comprehension.
         cells = [value for value in referents if type(value) is CellType]
         referents += gc.get_referents(*cells)
-        found += exceptions_in(referents, lists)
+        yield each, referents
         todo += [value for value in referents if type(value).__name__ in _AWAITED]
-    return found
+
+
+def wrapped_coroutine(coroutine: Any, code: Optional[CodeType]) -> Any:
+    """The coroutine of a function that another one awaits, perhaps in others.
+
+    Args:
+        coroutine: that of a task, suspended or not begun.  What it is to await then is
+            among its locals.
+        code: that of the function.
+
+    Returns:
+        The function's; if there is none, the task's.
+    """
+    if code is None or getattr(coroutine, "cr_code", None) is code:
+        return coroutine
+    for each, _ in _awaited_by(coroutine):
+        if getattr(each, "cr_code", None) is code:
+            return each
+    return coroutine
 
 
 _MOST_GATHERED = 10_000

@@ -39,6 +39,18 @@ def run(main: Coroutine[Any, Any, Any], loop: str = "asyncio") -> Any:
         event_loop.close()
 
 
+def wrap_tasks() -> None:
+    """Have the running loop wrap each task's coroutine in another, as Sentry does."""
+
+    async def wrapper(coroutine: Any) -> Any:
+        return await coroutine
+
+    def factory(loop: Any, coroutine: Any, **options: Any) -> Any:
+        return asyncio.Task(wrapper(coroutine), loop=loop, **options)
+
+    asyncio.get_running_loop().set_task_factory(factory)
+
+
 class Client:
     """One connection."""
 

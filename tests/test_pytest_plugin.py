@@ -145,6 +145,20 @@ async def test_clean(client, no_request_cycles):
     assert response.status == 200
 
 
+async def wrapper(coroutine):
+    return await coroutine
+
+
+async def test_wrapped(aiohttp_client, no_request_cycles):
+    def factory(loop, coroutine, **options):
+        return asyncio.Task(wrapper(coroutine), loop=loop, **options)
+
+    asyncio.get_running_loop().set_task_factory(factory)
+    client = await aiohttp_client(make_app())
+    async with no_request_cycles():
+        await get(client, "/ok")
+
+
 async def test_cycle(client, no_request_cycles):
     async with no_request_cycles():
         await get(client, "/refuse")
@@ -311,6 +325,7 @@ async def test_soak_objects(client, soak):
     late = (3, 10, 6) <= AIOHTTP <= (3, 11, 13) and sys.version_info >= (3, 9)
     assert outcomes == {
         "test_clean": "PASSED",
+        "test_wrapped": "PASSED",
         "test_cycle": "FAILED",
         "test_cycle_guarded": "PASSED",
         "test_last_guarded": "PASSED",

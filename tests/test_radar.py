@@ -28,7 +28,17 @@ from aiohttp_cyclebreak import (
 from aiohttp_cyclebreak.counts import Counts
 from aiohttp_cyclebreak.radar import Watch, watch_of
 
-from .service import LOOPS, TIMEOUT, Service, alive, no_collector, run, serve, spin
+from .service import (
+    LOOPS,
+    TIMEOUT,
+    Service,
+    alive,
+    no_collector,
+    run,
+    serve,
+    spin,
+    wrap_tasks,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -359,10 +369,13 @@ def test_streams_and_websockets_that_run_are_not_reported() -> None:
     assert len(messages) == 1
 
 
-def test_the_last_request_of_an_idle_connection_is_not_reported() -> None:
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_last_request_of_an_idle_connection_is_not_reported(wrapped: bool) -> None:
     """Aiohttp itself has that, until the next one comes."""
 
     async def main() -> None:
+        if wrapped:
+            wrap_tasks()
         leaks = Leaks()
         app = application(answer, leaks.in_a_list)
         async with serve(app) as service:

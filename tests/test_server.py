@@ -11,7 +11,7 @@ from typing import Any, AsyncIterator, List
 import pytest
 from aiohttp import web, web_protocol
 
-from aiohttp_cyclebreak import BreakEvent, guard_server
+from aiohttp_cyclebreak import BreakEvent, guard_server, setup
 
 from .service import (
     AIOHTTP,
@@ -22,6 +22,7 @@ from .service import (
     no_collector,
     run,
     start,
+    wrap_tasks,
 )
 
 pytestmark = pytest.mark.usefixtures("few_objects")
@@ -77,6 +78,33 @@ def test_it_needs_no_middleware(middlewares: Any, loop: str) -> None:
 
     assert run(main(guarded=False), loop) == 9
     assert run(main(guarded=True), loop) == 0
+
+
+@pytest.mark.parametrize("with_middlewares", [False, True])
+def test_tasks_that_a_factory_wraps(with_middlewares: bool) -> None:
+    """Sentry's does, OpenTelemetry's and aiomonitor's, from their first step on.
+
+    The frame of the connection, which has its last request, is then an inner one.
+    """
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def main(guarded: bool) -> int:
+        wrap_tasks()
+        app = application()
+        app.router.add_get("/ok", answer)
+        if with_middlewares and guarded:
+            setup(app)
+        runner = web.AppRunner(app)
+        paths = ["/ok", "/", "/missing"] * 3
+        return await requests_left(runner, guarded and not with_middlewares, *paths)
+
+    # Before aiohttp 3.11.14 a connection that is closed leaves its last request, if its
+    # task keeps what it was cancelled with: from CPython 3.9 on.
+    leaves_last = AIOHTTP < (3, 11, 14) and sys.version_info >= (3, 9)
+    assert run(main(guarded=False)) == (9 if leaves_last else 6)
+    assert run(main(guarded=True)) == 0
 
 
 @pytest.mark.parametrize("middlewares", [(), (swallow,)])
@@ -232,6 +260,21 @@ def test_what_is_kept_stays_whole_when_sending_it_is_cancelled() -> None:
         *_, frame = [each for each, _ in traceback.walk_tb(exc.__traceback__)]
         assert "request" in frame.f_locals
     assert len({id(exc) for exc in kept}) == 3
+
+
+@pytest.mark.skipif(AIOHTTP < (3, 9), reason="it cancels no handler")
+@pytest.mark.parametrize("cancellation", [False, True])
+def test_clients_that_go_away_from_wrapped_tasks(cancellation: bool) -> None:
+    """The request's task is then known by the connection's, which waits for it."""
+
+    async def main(guarded: bool) -> int:
+        wrap_tasks()
+        return await left_by_clients_that_go(respond, cancellation, guarded=guarded)
+
+    has_task = (3, 10, 6) <= AIOHTTP < (3, 11, 14) and sys.version_info >= (3, 9)
+    assert run(main(guarded=False)) == (3 if has_task or not cancellation else 0)
+    is_chain = cancellation and has_task and sys.version_info < (3, 11)  # as above
+    assert run(main(guarded=True)) == (3 if is_chain else 0)
 
 
 @pytest.mark.skipif(AIOHTTP < (3, 8, 2), reason="what it cancels may be left")

@@ -29,6 +29,7 @@ from .compare import (
 sentry_sdk = pytest.importorskip("sentry_sdk", reason="needs the extra 'company'")
 
 from sentry_sdk.integrations.aiohttp import AioHttpIntegration  # noqa: E402
+from sentry_sdk.integrations.asyncio import patch_asyncio  # noqa: E402
 from sentry_sdk.transport import Transport  # noqa: E402
 
 DSN = "http://key@127.0.0.1:9/1"
@@ -101,6 +102,10 @@ async def fail(request: web.Request) -> web.Response:
     secret = "local of the handler"
     await request.read()
     raise ValueError(secret)
+
+
+async def succeed(request: web.Request) -> web.Response:
+    return web.Response()
 
 
 async def log_and_refuse(request: web.Request) -> web.Response:
@@ -178,6 +183,35 @@ def test_transactions_are_the_same(position: str) -> None:
     assert [event["type"] for event in expected[0]] == [None, "transaction"] * 3
     assert events == expected
     assert (kept, left) == (3, 0)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_with_the_integration_of_asyncio(position: str) -> None:
+    """It has every task of the loop run a coroutine of Sentry's: connections too."""
+
+    def answered(install: Install) -> Any:
+        async def make() -> web.Application:
+            patch_asyncio()
+            app = web.Application()
+            app.router.add_get("/item", fail)
+            app.router.add_get("/ok", succeed)
+            return app
+
+        recorder = Recorder()
+        start(transport=recorder)
+        try:
+            answers, left = answers_and_left(make, install, *["/item", "/ok"] * 3)
+            sentry_sdk.get_client().close()
+        finally:
+            sentry_sdk.get_global_scope().set_client(None)
+        return [of_interest(event) for event in recorder.events], answers, left
+
+    *expected, kept = answered(BARE[position])
+    *events, left = answered(GUARDED[position])
+    assert "request" in names_of_locals(expected[0])
+    assert events == expected
+    assert kept >= 3
+    assert left == 0
 
 
 def test_the_naive_way_loses_locals() -> None:
