@@ -45,6 +45,7 @@ from .sever import (
     COUNTS_ARE_EXACT,
     Cut,
     Emptied,
+    attributes_of,
     detach,
     empty,
     empty_with_callers,
@@ -761,15 +762,30 @@ def _release_websockets(
     """
     if hdrs.UPGRADE not in request.headers:
         return []
-    found: Dict[int, BaseException] = {}
-    for exc in exceptions:
-        for frame in frames_of(exc):
-            for value in local_values(frame):
-                if internals.is_websocket_of(request, value):
-                    internals.release_websocket(request, value)
-                    error = internals.error_of_websocket(value)
-                    if error is not None:
-                        found.update((id(below), below) for below in graph(error))
-    for exc in exceptions:
-        found.pop(id(exc), None)
-    return list(found.values())
+    values = [
+        value
+        for exc in exceptions
+        for frame in frames_of(exc)
+        for value in local_values(frame)
+    ]
+    websocket = _websocket_among(request, values)
+    if websocket is None:  # an object of the application's may have it
+        objects = {id(value): value for value in values}.values()
+        attributes = [each for value in objects for each in attributes_of(value)]
+        websocket = _websocket_among(request, attributes)
+    if websocket is None:
+        return []
+    internals.release_websocket(request, websocket)
+    error = internals.error_of_websocket(websocket)
+    below = [] if error is None else graph(error)
+    own = set(map(id, exceptions))
+    return [exc for exc in below if id(exc) not in own]
+
+
+def _websocket_among(
+    request: web.BaseRequest, values: List[Any]
+) -> Optional[web.WebSocketResponse]:
+    for value in values:
+        if internals.is_websocket_of(request, value):
+            return value  # type: ignore[no-any-return]
+    return None

@@ -44,6 +44,7 @@ __all__ = (
     "COUNTS_ARE_EXACT",
     "Cut",
     "Emptied",
+    "attributes_of",
     "awaiting_frames",
     "awaits_in",
     "detach",
@@ -241,11 +242,15 @@ def leads_to(exc: BaseException, target: object) -> bool:
         entered, found = found, []
         for each in entered:
             if len(found) < _MOST_LOOKED_AT:
-                found += _attributes_of(each)
+                found += attributes_of(each)
     return any(each is target for each in found)
 
 
-def _attributes_of(value: Any) -> List[Any]:
+def attributes_of(value: Any) -> List[Any]:
+    """What an object has in its attributes, or in slots, perhaps without some of many.
+
+    Those of no class, module or function are given, nor what a container holds.
+    """
     # What an object says of itself may be a lie, or raise: its type is asked.
     if issubclass(type(value), _NOT_ENTERED):
         return []

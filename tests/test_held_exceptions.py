@@ -557,22 +557,51 @@ async def tried(call: Any) -> Any:
         return type(exc), str(exc)
 
 
+async def returns_its_websocket(request: web.Request, held: List[Any]) -> Any:
+    websocket = web.WebSocketResponse()
+    await websocket.prepare(request)
+    held.append(websocket)
+    async for _ in websocket:
+        pass
+    return websocket
+
+
+async def fails(request: web.Request, held: List[Any]) -> Any:
+    websocket = web.WebSocketResponse()
+    await websocket.prepare(request)
+    held.append(websocket)
+    async for _ in websocket:
+        raise ValueError("a bad message")
+
+
+class Consumer:
+    """Of its methods no frame has the websocket, only this."""
+
+    def __init__(self) -> None:
+        self.websocket = web.WebSocketResponse()
+
+    async def consume(self, request: web.Request) -> None:
+        await self.websocket.prepare(request)
+        async for _ in self.websocket:
+            raise ValueError("a bad message")
+
+
+async def fails_in_an_object(request: web.Request, held: List[Any]) -> Any:
+    consumer = Consumer()
+    held.append(consumer.websocket)
+    await consumer.consume(request)
+
+
 @pytest.mark.parametrize("guard", GUARDS)
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_websocket_that_is_held_for_good_is_as_bare(fails: bool, guard: str) -> None:
+@pytest.mark.parametrize("ends", [returns_its_websocket, fails, fails_in_an_object])
+def test_a_websocket_that_is_held_for_good_is_as_bare(ends: Any, guard: str) -> None:
     """A set of them, which another request goes through and logs; its request goes."""
 
     async def main(guard: Guard) -> Any:
         held: List[web.WebSocketResponse] = []
 
         async def handler(request: web.Request) -> web.StreamResponse:
-            websocket = web.WebSocketResponse()
-            await websocket.prepare(request)
-            held.append(websocket)
-            async for _ in websocket:
-                if fails:
-                    raise ValueError("a bad message")
-            return websocket
+            return await ends(request, held)  # type: ignore[no-any-return]
 
         app = web.Application()
         app.router.add_get("/{name}", handler)
@@ -584,7 +613,7 @@ def test_a_websocket_that_is_held_for_good_is_as_bare(fails: bool, guard: str) -
                 await client.get("/socket", *UPGRADE)
                 await client.answer()
                 await client.send(bytes((0x81, 0x80, 0, 0, 0, 0)))  # an empty text
-                if not fails:
+                if ends is returns_its_websocket:
                     await client.send(bytes((0x88, 0x80, 0, 0, 0, 0)))
                 await service.settle()
                 client.close()
