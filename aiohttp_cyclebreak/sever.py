@@ -13,6 +13,7 @@ import inspect
 import itertools
 import sys
 import threading
+from asyncio import Future
 from collections import deque
 from dataclasses import dataclass
 from types import (
@@ -665,6 +666,32 @@ def _pop_unshared(objects: Dict[int, List[Any]]) -> List[Any]:
     return [objects.pop(key)[0] for key in unshared]
 
 
+def _report_futures(frames: Iterable[FrameType]) -> None:
+    """Have asyncio report the futures that go with the locals of frames.
+
+    That of a call which others could have waited for, and nobody did, has the exception
+    that passed.  When it goes, asyncio logs that nobody has asked for that, and whoever
+    reports the log looks into the frames: it is told to while they have their locals.
+
+    Args:
+        frames: those that are to be emptied, or to be taken off the exceptions.
+    """
+    futures: Dict[int, List[Any]] = {}
+    for frame in frames:
+        for each in gc.get_referents(frame):
+            if type(each) is Future and _is_certainly_over(frame):
+                futures.setdefault(id(each), [each, 0])[1] += 1
+    each = None
+    for future in _pop_unshared(futures) if futures else ():
+        future.__del__()  # which does nothing a second time
+
+
+def _is_certainly_over(frame: FrameType) -> bool:
+    # Before CPython 3.11 a function may still be executed.
+    is_function = not frame.f_code.co_flags & _RESUMABLE
+    return is_finished(frame) and not (sys.version_info < (3, 11) and is_function)
+
+
 if (3, 11) <= sys.version_info < (3, 14):
 
     def _empty_functions(frames: Iterable[FrameType]) -> None:
@@ -761,9 +788,18 @@ def sever(
     emptied = Emptied() if emptied is None else emptied
     tracebacks = 0
     new: List[FrameType] = []
+    full = exceptions
     if clear_frames:
         full = [exc for exc in exceptions if not _is_severed(exc)]
-        new = emptied.empty((frame for exc in full for frame in frames_of(exc)), spared)
+    frames = {
+        id(frame): frame
+        for exc in full
+        for frame in frames_of(exc)
+        if id(frame) not in spared
+    }
+    _report_futures(frames.values())
+    if clear_frames:
+        new = emptied.empty(frames.values(), spared)
         leaves_callers = emptied.leaves_callers()
         for exc in full:
             are_empty = [id(frame) in emptied.frames for frame in frames_of(exc)]

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import gc
 import io
 import logging
 import logging.handlers
 import re
 import sys
 import traceback
+from functools import partial
 from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
@@ -196,6 +198,62 @@ def test_a_reporter_sees_every_frame_and_local(end: str, guard: str) -> None:
     expected = run(main(bare))
     assert ("chained", ["marker", "request"]) in expected[0]
     assert run(main(GUARDS[guard])) == expected
+
+
+class _Reporter(logging.Handler):
+    """Looks into the frames of what asyncio logs, at once, as Sentry's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: List[Any] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] is not None:
+            self.seen.append(frames(record.exc_info[1]))
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("guard", [*GUARDS, "without clearing"])
+def test_a_failure_that_others_could_have_waited_for(guard: str, asked: bool) -> None:
+    """If none did, asyncio logs it when its future goes: with the locals."""
+    reporter = _Reporter()
+    logger = logging.getLogger("asyncio")
+
+    async def main(guard: Guard) -> Any:
+        shared: List[Any] = []
+
+        async def handler(request: web.Request) -> web.Response:
+            future = asyncio.get_running_loop().create_future()
+            if asked:
+                shared.append(future)
+            try:
+                {}["missing"]
+            except KeyError as exc:
+                future.set_exception(exc)
+                raise
+            return web.Response()
+
+        app = web.Application()
+        app.router.add_get("/", handler)
+        guard(app)
+        async with serve(app) as service:
+            await service.ask()
+            await service.settle()
+            for future in shared:
+                with pytest.raises(KeyError):
+                    await future
+        gc.collect()
+        return [reporter.seen.pop() for _ in list(reporter.seen)]
+
+    logger.addHandler(reporter)
+    try:
+        expected = run(main(bare))
+        assert len(expected) == (0 if asked else 1)
+        assert all("request" in each[-1][1] for each in expected)
+        guards = {**GUARDS, "without clearing": partial(setup, clear_frames=False)}
+        assert run(main(guards[guard])) == expected
+    finally:
+        logger.removeHandler(reporter)
 
 
 @pytest.mark.parametrize("guard", GUARDS)
