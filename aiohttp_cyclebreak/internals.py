@@ -85,6 +85,12 @@ HANDLE_REQUEST: Optional[CodeType] = getattr(
 )
 
 
+# The code of a connection's task.
+_START: Optional[CodeType] = getattr(
+    getattr(web_protocol.RequestHandler, "start", None), "__code__", None
+)
+
+
 def request_task(request: web.BaseRequest) -> "Optional[asyncio.Task[Any]]":
     """The task that aiohttp made for this request.
 
@@ -115,6 +121,11 @@ def request_task(request: web.BaseRequest) -> "Optional[asyncio.Task[Any]]":
         coroutine = current.get_coro() if hasattr(current, "get_coro") else None
         if getattr(coroutine, "cr_code", None) is HANDLE_REQUEST:
             return current
+        # Another request may run this one's handler, and its coroutine be wrapped too.
+        outermost = connection.get_coro() if hasattr(connection, "get_coro") else None
+        is_wrapped = getattr(outermost, "cr_code", None) is not _START
+        if is_wrapped and coroutine is not None and _is_called_by(HANDLE_REQUEST):
+            return current
     # In a task of the application's own: aiohttp must still be at this request.
     if not _is_current(request):
         return None
@@ -127,6 +138,22 @@ def is_request(value: object) -> bool:
     An application may give its handlers an object of its own in place of it.
     """
     return web.BaseRequest in type(value).__mro__
+
+
+def _is_called_by(code: Optional[CodeType]) -> bool:
+    """Whether the step of the current task goes through a function.
+
+    asyncio: ``Handle._run``, which runs that, and ``BaseEventLoop.create_task``, for
+    one that is started eagerly, 3.8 to 3.14; uvloop has no frames for them.
+    """
+    functions = (asyncio.Handle._run, asyncio.BaseEventLoop.create_task)
+    ends = [getattr(each, "__code__", None) for each in functions]  # or it is patched
+    frame: Optional[FrameType] = sys._getframe()
+    while frame is not None and frame.f_code not in ends:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def own_task(request: Any) -> "Optional[asyncio.Task[Any]]":
@@ -303,12 +330,6 @@ def connection_task(request: Any) -> Any:
         return request._task
     except Exception:
         return request.task if is_request(request) else None
-
-
-# The code of a connection's task.
-_START: Optional[CodeType] = getattr(
-    getattr(web_protocol.RequestHandler, "start", None), "__code__", None
-)
 
 
 def connection_coroutine(task: "asyncio.Task[Any]") -> Any:

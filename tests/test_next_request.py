@@ -33,6 +33,7 @@ from .service import (
     serve,
     spin,
     start,
+    wrap_tasks,
 )
 
 pytestmark = pytest.mark.usefixtures("few_objects")
@@ -282,8 +283,9 @@ def test_it_waits_for_no_request_that_comes_to_others_only(
 # One that is outside sees none of what others run, or swallow.
 @pytest.mark.parametrize("api", ["appended", "setup"])
 @pytest.mark.parametrize("closes", [True, False])
+@pytest.mark.parametrize("wrapped", [False, True])
 def test_another_request_that_runs_the_handler_finds_its_locals(
-    closes: bool, api: str
+    wrapped: bool, closes: bool, api: str
 ) -> None:
     """It leads a batch, and goes on when that of the exception is answered."""
     batch: List[Any] = []
@@ -319,6 +321,8 @@ def test_another_request_that_runs_the_handler_finds_its_locals(
         raise AssertionError
 
     async def main() -> int:
+        if wrapped:
+            wrap_tasks()
         app = application(collect)
         app.router.add_get("/lead", lead)
         GUARDS[api](app)
