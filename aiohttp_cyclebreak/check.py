@@ -31,6 +31,7 @@ from typing import (
     NoReturn,
     Optional,
     Sequence,
+    Set,
     Tuple,
 )
 
@@ -46,6 +47,7 @@ __all__ = (
     "Run",
     "UsageError",
     "can_plot",
+    "end_processes",
     "make_request",
     "plot",
     "read_body",
@@ -445,6 +447,18 @@ def read_body(text: str) -> bytes:
 
 _Answers = Counter[Tuple[Request, str]]  # by request and status
 
+_processes: "Set[subprocess.Popen[bytes]]" = set()  # those that were not closed
+
+
+def end_processes() -> None:
+    """End all applications that are served, from the handler of a signal too."""
+    for process in list(_processes):
+        process.kill()
+        for _ in range(100):  # wait() may be waited for by what was interrupted
+            if process.poll() is not None:
+                break
+            time.sleep(0.01)
+
 
 class _Process:
     """The process of an application."""
@@ -469,6 +483,7 @@ class _Process:
             stderr=subprocess.PIPE,
             env=environment,
         )
+        _processes.add(self._process)
         self._readers = [
             threading.Thread(target=target, daemon=True)
             for target in (self._read_answers, self._read_output)
@@ -583,6 +598,7 @@ class _Process:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
+        _processes.discard(self._process)
 
 
 class _Client:

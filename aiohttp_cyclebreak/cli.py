@@ -205,7 +205,7 @@ def _verify(args: argparse.Namespace) -> int:
         )
         return 2
     try:
-        with _quick_to_interrupt():
+        with _quick_to_interrupt(lambda: None):
             results, loop = asyncio.run(_measure_all(leaks, args.requests))
     except OSError as exc:
         print(f"no server can be run on loopback: {exc}", file=sys.stderr)
@@ -223,14 +223,19 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _quick_to_interrupt() -> Iterator[None]:
+def _quick_to_interrupt(end: Callable[[], None]) -> Iterator[None]:
     """End the process at once on Ctrl-C: there is nothing to save.
 
     A server that is shut down in the middle of a leak and the thread of its client
-    would wait for each other, for up to a minute.
+    would wait for each other, for up to a minute; and threads for a lock that an
+    exception has left taken, if the signal came at that moment.
+
+    Args:
+        end: called before that, in the signal's handler: it must take no lock.
     """
 
     def leave(signum: int, frame: Optional[FrameType]) -> None:
+        end()
         os.write(2, b"\ninterrupted\n")  # sys.stderr may be in the middle of a write
         os._exit(_INTERRUPTED)
 
@@ -542,7 +547,8 @@ def _check(args: argparse.Namespace) -> int:
     try:
         plan = _plan(args)
         try:
-            report = check.run(plan, progress=_show_progress)
+            with _quick_to_interrupt(check.end_processes):
+                report = check.run(plan, progress=_show_progress)
         finally:
             _draw("")
         if args.json:
