@@ -920,13 +920,15 @@ def drop_ended_entries(exc: BaseException) -> None:
     are the requests, and each of them would go through the entries of all.
     """
     entries: List[TracebackType] = []
+    entry = traceback_of(exc)
+    while entry is not None:
+        entries.append(entry)
+        entry = entry.tb_next
     kept: List[TracebackType] = []
     seen: Set[int] = set()
     to_keep = _MOST_OF_EACH
     caller = None
-    entry = traceback_of(exc)
-    while entry is not None:
-        entries.append(entry)
+    for entry in entries[:-_MOST_OF_EACH]:
         frame = entry.tb_frame
         if id(frame) not in seen and _goes_on(frame):
             seen.add(id(frame))
@@ -937,10 +939,8 @@ def drop_ended_entries(exc: BaseException) -> None:
             caller = frame
         else:
             caller = None
-        entry = entry.tb_next
-    kept_oldest = entries[-_MOST_OF_EACH:]
-    if len(entries) > 2 * (len(kept) + len(kept_oldest)):
-        _TRACEBACK.__set__(exc, _copy(kept, kept_oldest[0]))
+    if len(entries) > 2 * (len(kept) + _MOST_OF_EACH):
+        _TRACEBACK.__set__(exc, _copy(kept, entries[-_MOST_OF_EACH]))
 
 
 def _of_first_time(entry: Optional[TracebackType], key: int) -> Optional[TracebackType]:
