@@ -57,8 +57,9 @@ __all__ = (
     "sort_out",
 )
 
-# Neither of these keeps anything alive.  Who has noted an exception, by its id, and who
-# has not gone since; each by that of its reference, since thousands may have one.
+# Neither of these keeps anything alive.  By the id of an exception, who has noted it,
+# and is not gone: each under the id of its reference, since thousands may have noted
+# one, and each of them is taken out alone.
 in_hand: "Dict[int, Dict[int, ref[Holder]]]" = {}
 # Connections that have put an exception off, by its id.
 pending: "Dict[int, ref[Connection]]" = {}
@@ -104,7 +105,8 @@ class Holder:
     def __init__(self) -> None:
         self.exceptions: List[BaseException] = []
         self.in_hand: List[int] = []  # the ids of those, and of what they lead to
-        # Of some of them, by id, the ids of the frames in this traceback.
+        # By the id of an exception, its traceback, if that is long, and the ids of the
+        # frames there.
         self.frame_ids: Dict[int, Tuple[Optional[TracebackType], Set[int]]] = {}
         self.reference: Optional[ref[Holder]] = None
 
@@ -181,14 +183,14 @@ def look_into(tasks: "Iterable[asyncio.Task[Any]]", lists: bool = False) -> InUs
     return in_use
 
 
-# Frames in a traceback from which on they are remembered.
+# With so many frames in a traceback their ids are remembered.
 _MANY_FRAMES = 100
 
 
 class Spared:
     """The ids of the frames in the tracebacks of exceptions that are needed.
 
-    They are looked up when something is severed only.
+    They are looked up only when something is severed: most often nothing is.
     """
 
     __slots__ = ("_ids", "exceptions")
@@ -214,16 +216,15 @@ def _frame_ids_of(exc: BaseException) -> Set[int]:
     # One instance that thousands of requests raise has the frames of all in its
     # traceback, and the end of each asks for them.  Who has noted it last remembers
     # them, since it most likely ends last.
-    last = None
-    for holder in reversed(in_hand.get(id(exc), {}).values()):
-        last = holder()
-        break
+    newest = next(reversed(in_hand.get(id(exc), {}).values()), None)
+    last = None if newest is None else newest()
     if last is not None and id(exc) in last.frame_ids:
         known, ids = last.frame_ids[id(exc)]
         if known is traceback_of(exc):
             return ids
     ids = {id(frame) for frame in frames_of(exc)}
     if last is not None and len(ids) >= _MANY_FRAMES:
+        # sort_out() leaves this to here: it would go through all of them each time.
         drop_ended_entries(exc)
         ids = {id(frame) for frame in frames_of(exc)}
         last.frame_ids[id(exc)] = traceback_of(exc), ids
@@ -274,7 +275,7 @@ def sort_out(
             if id(exc) in kept or somebody_has(exc):
                 sorted_out.spared.exceptions.append(exc)
             elif id(exc) in in_use.exceptions or in_flight(exc, in_use.frames):
-                if id(exc) not in in_use.exceptions:
+                if id(exc) not in in_use.exceptions:  # whose handler goes on with it
                     drop_ended_entries(exc)
                 sorted_out.spared.exceptions.append(exc)
                 sorted_out.in_flight.append(exc)

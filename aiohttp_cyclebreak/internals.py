@@ -60,6 +60,7 @@ __all__ = (
     "make_innermost",
     "make_outermost",
     "missing_route",
+    "options_of_server",
     "original_of",
     "outcome_of",
     "own_task",
@@ -222,20 +223,20 @@ def cancellation_of(task: "asyncio.Future[Any]") -> Optional[BaseException]:
     return None
 
 
+# Frames of what task factories have put around the coroutines of both tasks.
+_MOST_WRAPPERS = 7
+
+
 def is_of_sending(frames: Iterator[FrameType]) -> bool:
     """Whether the frames of a connection's exception are those of sending a response.
 
     aiohttp: ``RequestHandler._handle_request``, which calls ``.finish_response``, below
     ``.start``, 3.8 to 3.14.  Without one of them the answer is no.
     """
-    # Between them may be what a task factory has put around the coroutines of tasks.
     codes = [frame.f_code for frame in itertools.islice(frames, _MOST_WRAPPERS + 3)]
     finish = getattr(web_protocol.RequestHandler, "finish_response", None)
     sending: Any = (HANDLE_REQUEST, getattr(finish, "__code__", None))
     return sending in zip(codes, codes[1:])
-
-
-_MOST_WRAPPERS = 7
 
 
 def is_websocket_of(request: web.BaseRequest, value: object) -> bool:

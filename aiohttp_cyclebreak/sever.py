@@ -248,9 +248,9 @@ def leads_to(exc: BaseException, target: object) -> bool:
 
 
 def attributes_of(value: Any) -> List[Any]:
-    """What an object has in its attributes, or in slots, perhaps without some of many.
+    """What an object has in its attributes, slots included; of very many, the first.
 
-    Those of no class, module or function are given, nor what a container holds.
+    Of a class, a module or a function nothing is given, nor what a container holds.
     """
     # What an object says of itself may be a lie, or raise: its type is asked.
     if issubclass(type(value), _NOT_ENTERED):
@@ -344,7 +344,7 @@ def _have_threads_gone_on(executing: Set[int], exc: BaseException) -> bool:
 
     One of them is this thread, in which a function may run the event loop.
 
-    Before CPython 3.11 it is not asked: there nothing tells that a function executes.
+    Before CPython 3.11 nobody asks: there nothing tells that a function executes.
 
     Args:
         executing: the ids of their frames.
@@ -571,7 +571,7 @@ def empty(frame: FrameType) -> bool:
 
 def empty_with_callers(frame: FrameType) -> None:
     """Empty a frame and, behind it, the finished frames that called it."""
-    Emptied().empty([frame], {})
+    Emptied().empty([frame], ())
 
 
 # Nobody asks for the variables of these, and their functions are called by each task.
@@ -624,9 +624,9 @@ class Emptied:
         return emptied
 
     def leaves_callers(self) -> bool:
-        """Whether functions are behind those frames that may have to be emptied later.
+        """Whether behind those frames are others, which may have to be emptied later.
 
-        The event loop's own are not: it goes on.
+        Those of the event loop do not count: it goes on.
         """
         return not all(_is_machinery(each) for each, _ in self._callers.values())
 
@@ -669,9 +669,10 @@ def _pop_unshared(objects: Dict[int, List[Any]]) -> List[Any]:
 def _report_futures(frames: Iterable[FrameType]) -> None:
     """Have asyncio report the futures that go with the locals of frames.
 
-    That of a call which others could have waited for, and nobody did, has the exception
-    that passed.  When it goes, asyncio logs that nobody has asked for that, and whoever
-    reports the log looks into the frames: it is told to while they have their locals.
+    A function that lets others wait for its result, as a cache does, gives its
+    exception to a future.  If nobody has waited, asyncio logs that when the future
+    goes, and whoever reports the log looks into the frames.  So asyncio is told to log
+    it now, while these have their locals.
 
     Args:
         frames: those that are to be emptied, or to be taken off the exceptions.
@@ -681,13 +682,13 @@ def _report_futures(frames: Iterable[FrameType]) -> None:
         for each in gc.get_referents(frame):
             if type(each) is Future and _is_certainly_over(frame):
                 futures.setdefault(id(each), [each, 0])[1] += 1
-    each = None
+    each = None  # or it would be one more reference to the last one
     for future in _pop_unshared(futures) if futures else ():
         future.__del__()  # which does nothing a second time
 
 
 def _is_certainly_over(frame: FrameType) -> bool:
-    # Before CPython 3.11 a function may still be executed.
+    # Before CPython 3.11 is_finished() is true of a function that executes.
     is_function = not frame.f_code.co_flags & _RESUMABLE
     return is_finished(frame) and not (sys.version_info < (3, 11) and is_function)
 
@@ -806,7 +807,7 @@ def sever(
             tracebacks += sum(are_empty)
             _drop_older_entries(exc, emptied.frames)
             if all(are_empty) and not leaves_callers:
-                _mark_whole(exc)
+                _mark_all_empty(exc)
     else:
         for exc in exceptions:
             tracebacks += sum(1 for _ in frames_of(exc))
@@ -819,8 +820,8 @@ def sever(
 class _Severed(Dict[int, int]):
     """In a frame, the ids of the exceptions that were severed with it.
 
-    With each stands whether its first time begins here, and whether nothing of its
-    traceback, from here to its end, and behind it holds anything any more.
+    With each stands whether the entries of its first time begin here, and, in the first
+    frame of its traceback, whether all the frames of that and behind it are empty.
 
     A frame that is over is never traced again and has no other use for ``f_trace``, and
     what stands there goes with it.  In the exception itself it would be seen.
@@ -830,7 +831,7 @@ class _Severed(Dict[int, int]):
 
 
 _FIRST_TIME = 1
-_WHOLE = 2
+_ALL_EMPTY = 2
 
 # Ids in one frame: each exception that is raised with a traceback out of a cache leaves
 # its own there.  Of one that is forgotten there no entries are cut off.
@@ -907,8 +908,9 @@ def _copy(
     return rest
 
 
-# Entries that stay: the newest, those that follow one that goes on, and the oldest; and
-# more of those that one raise has put there, whose functions have called each other.
+# So many entries stay of the newest, of those from each function on that goes on, and
+# of the oldest.  More of the former stay where functions have called each other: these
+# are not parted.
 _MOST_OF_EACH = 50
 
 
@@ -935,10 +937,11 @@ def drop_ended_entries(exc: BaseException) -> None:
             to_keep = _MOST_OF_EACH
         if to_keep or (caller is not None and frame.f_back is caller):
             kept.append(entry)
-            to_keep -= to_keep > 0
+            to_keep = max(0, to_keep - 1)
             caller = frame
         else:
             caller = None
+    # Not for a few, or the entries that stay would be copied for each request.
     if len(entries) > 2 * (len(kept) + _MOST_OF_EACH):
         _TRACEBACK.__set__(exc, _copy(kept, entries[-_MOST_OF_EACH]))
 
@@ -953,20 +956,20 @@ def _of_first_time(entry: Optional[TracebackType], key: int) -> Optional[Traceba
     return None
 
 
-def _mark_whole(exc: BaseException) -> None:
+def _mark_all_empty(exc: BaseException) -> None:
     """Note in the first frame of a traceback that all of it is empty."""
     entry = traceback_of(exc)
     severed: Any = None if entry is None else entry.tb_frame.f_trace
     if type(severed) is _Severed and id(exc) in severed:
-        severed[id(exc)] |= _WHOLE
+        severed[id(exc)] |= _ALL_EMPTY
 
 
 def _is_severed(exc: BaseException) -> bool:
     """Whether all of an exception's traceback was emptied, and it was not raised since.
 
     One instance that many requests have kept has the frames of all of them there, and
-    is severed at the end of each.
+    the end of each would go through them all.
     """
     entry = traceback_of(exc)
     severed: Any = None if entry is None else entry.tb_frame.f_trace
-    return type(severed) is _Severed and bool(severed.get(id(exc), 0) & _WHOLE)
+    return type(severed) is _Severed and bool(severed.get(id(exc), 0) & _ALL_EMPTY)
