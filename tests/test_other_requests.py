@@ -499,6 +499,60 @@ def test_a_worker_that_waits_with_an_instance_keeps_few_requests(
     assert any("in work" in text for text in texts)
 
 
+def test_a_request_that_waits_with_an_instance_keeps_few_others() -> None:
+    """As a worker does, if the others leave a response that is to be severed."""
+    instance = Down("one for all")
+
+    def fail(depth: int) -> None:
+        if depth:
+            fail(depth - 1)
+        raise instance
+
+    async def left(guard: Guard) -> int:
+        goes_on, waits = asyncio.Event(), asyncio.Event()
+
+        @web.middleware
+        async def wait(request: web.Request, handler: Any) -> web.StreamResponse:
+            try:
+                return await handler(request)  # type: ignore[no-any-return]
+            except Down:
+                waits.set()
+                await goes_on.wait()
+                raise web.HTTPBadGateway from None
+
+        async def handler(request: web.Request) -> web.Response:
+            if request.path == "/wait":
+                fail(depth=0)
+            try:
+                fail(depth=9)
+            except Down as exc:
+                raise web.HTTPBadGateway from exc
+            raise AssertionError
+
+        app = web.Application(middlewares=[wait])
+        app.router.add_get("/{tail:.*}", handler)
+        guard(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                client = await service.connect()
+                await client.get("/wait")
+                await waits.wait()
+                for _ in range(100):
+                    assert (await service.ask())[0] == 502
+                await spin()
+                found = len(alive()) - before
+                goes_on.set()
+                await client.answer()
+                client.close()
+                await service.settle()
+        return found
+
+    assert run(left(lambda app: None)) == 101
+    instance.__traceback__ = None
+    assert run(left(lambda app: app.middlewares.append(cyclebreak()))) < 50
+
+
 @pytest.mark.parametrize("following", ["/fail", "POST"])
 @pytest.mark.parametrize("install", ["appended", "setup"])
 def test_what_a_worker_lets_go_during_a_request_goes_with_that(
@@ -815,25 +869,42 @@ def test_few_tasks_are_looked_into_for_what_is_left_over(
     assert max(looked) == 1
 
 
-@pytest.mark.parametrize("status", [200, 500, 502])
-def test_what_many_have_is_not_walked_by_each_of_them(status: int) -> None:
+@pytest.mark.parametrize("status", [200, 500, 502, 503])
+def test_what_many_have_is_not_walked_by_each_of_them(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The traceback of one instance has the frames of all requests that raise it."""
+    # It would format all of that each time.
+    monkeypatch.setattr(logging.getLogger("aiohttp.server"), "disabled", True)
 
     async def calls_of_ours(requests: int) -> int:
         instance = LookupError("one for all")
         calls = waiting = 0
         goes_on = asyncio.Event()
 
+        @web.middleware
+        async def translate(request: web.Request, handler: Any) -> web.StreamResponse:
+            try:
+                return await handler(request)  # type: ignore[no-any-return]
+            except LookupError as exc:
+                if status == 500:
+                    raise
+                # Nothing can be cut off while they wait, and they end one by one.
+                for _ in range(request["number"]):
+                    await asyncio.sleep(0)
+                raise web.HTTPServiceUnavailable from exc
+
         async def handler(request: web.Request) -> web.Response:
             nonlocal waiting
             waiting += 1
+            request["number"] = waiting
             await goes_on.wait()
             try:
                 raise instance
             except LookupError as exc:
                 if status == 502:
                     raise web.HTTPBadGateway() from exc
-                if status == 500:
+                if status in (500, 503):
                     raise
                 request["error"] = exc
             return web.Response()
@@ -842,9 +913,9 @@ def test_what_many_have_is_not_walked_by_each_of_them(status: int) -> None:
             nonlocal calls  # a generator that goes on is called as well
             calls += event == "call" and frame.f_code.co_filename.startswith(OURS)
 
-        app = web.Application()
+        app = web.Application(middlewares=[translate])
         app.router.add_get("/", handler)
-        app.middlewares.append(cyclebreak())
+        GUARDS["setup" if status == 503 else "appended"](app)
         async with serve(app) as service:
             clients = [await service.connect() for _ in range(requests)]
             for client in clients:
