@@ -22,6 +22,7 @@ from aiohttp_cyclebreak.sever import (
     Emptied,
     _have_threads_gone_on,
     awaits_in,
+    drop_ended_entries,
     exceptions_in,
     frames_of,
     graph,
@@ -828,6 +829,59 @@ def test_the_caller_of_several_is_emptied_with_the_last_of_them(together: bool) 
     assert watched() is not None
     sever(found[1:], emptied=emptied if together else None)
     assert (watched() is None) is together
+
+
+@pytest.mark.skipif(not COUNTS_ARE_EXACT, reason="they tell what is shared")
+def test_a_caller_that_was_needed_before_is_emptied_the_next_time() -> None:
+    """The traceback was empty then, but not what is behind it."""
+    found: List[BaseException] = []
+    needed: List[Any] = []
+
+    def catch() -> None:
+        try:
+            raise ValueError
+        except ValueError as exc:
+            found.append(exc)
+
+    def call(marker: Any) -> None:
+        needed.append(sys._getframe())
+        catch()
+
+    def lose() -> "weakref.ref[Any]":
+        marker = Marker()
+        call(marker)
+        return weakref.ref(marker)
+
+    watched = lose()
+    sever(found)
+    assert watched() is not None
+    needed.clear()
+    sever(found)
+    assert watched() is None
+
+
+def test_functions_that_have_called_each_other_stay_in_a_shortened_traceback() -> None:
+    """However many they are, or the newest of these would be without its end."""
+    instance = ValueError("one for all")
+
+    def fail(depth: int) -> None:
+        if depth:
+            fail(depth - 1)
+        raise instance
+
+    caught(lambda: fail(60))
+    of_each = len(list(frames_of(instance)))
+    for _ in range(9):
+        caught(lambda: fail(60))
+    newest = list(frames_of(instance))[:of_each]
+    drop_ended_entries(instance)
+    left = list(frames_of(instance))
+    assert left[:of_each] == newest
+    assert len(left) < 2 * of_each
+    caught(lambda: fail(60))
+    grown = instance.__traceback__
+    drop_ended_entries(instance)
+    assert instance.__traceback__ is grown  # not copied for so few more
 
 
 def test_exceptions_that_went_through_one_frame_are_whole_one_by_one() -> None:
