@@ -322,7 +322,7 @@ class _Asked:
 
     That is what became of an exception that was put off, and a body to let go.  The
     connection's next request is not waited for: a middleware outside of ours may answer
-    it.  No option says anything of either, or the request is followed.
+    it.  Where an option would have a say in that, the request is followed instead.
     """
 
     __slots__ = ("request", "connection")

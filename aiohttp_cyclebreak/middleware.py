@@ -18,7 +18,8 @@ __all__ = ("cyclebreak", "setup")
 if TYPE_CHECKING:  # these have moved between the supported versions
     from aiohttp.typedefs import Handler, Middleware
 
-# What setup() made, to know it again, and where each has what setup() was asked for.
+# What setup() made, to know it again.  Each has in an attribute what setup() was asked
+# for: a keep= may lead to the application, and would keep it if it were held here.
 _ends: "WeakSet[Middleware]" = WeakSet()
 _ASKED = "asked"
 

@@ -216,6 +216,10 @@ def leads_on(exc: BaseException) -> bool:
     )
 
 
+# Of a class, whose metaclass may lie as well.
+_MRO: Any = type.__dict__["__mro__"]
+_NAMESPACE: Any = type.__dict__["__dict__"]
+
 # Not of one call alone, and perhaps large.
 _NOT_ENTERED = (
     *(type, ModuleType, FunctionType),
@@ -265,10 +269,6 @@ def attributes_of(value: Any) -> List[Any]:
                 attributes += itertools.islice(values, _MOST_LOOKED_AT)
             break
     return attributes
-
-
-_MRO: Any = type.__dict__["__mro__"]
-_NAMESPACE: Any = type.__dict__["__dict__"]
 
 
 def _links(exc: BaseException) -> List[Tuple[Any, BaseException]]:
@@ -400,8 +400,6 @@ def awaits_in(coroutine: Any, frames: Container[int], codes: Container[int]) -> 
     return False
 
 
-_LONGEST_ROW = 10  # a pair of a URL and what has come of it, say
-
 # Among what a coroutine holds, the types of what it may wait for.
 _AWAITED = {
     "anext_awaitable",
@@ -467,6 +465,7 @@ def wrapped_coroutine(coroutine: Any, code: Optional[CodeType]) -> Any:
 
 
 _MOST_GATHERED = 10_000
+_LONGEST_ROW = 10  # a pair of a URL and what has come of it, say
 
 
 def exceptions_in(values: Iterable[Any], lists: bool) -> List[BaseException]:
