@@ -275,7 +275,7 @@ def sort_out(
             if id(exc) in kept or somebody_has(exc):
                 sorted_out.spared.exceptions.append(exc)
             elif id(exc) in in_use.exceptions or in_flight(exc, in_use.frames):
-                if id(exc) not in in_use.exceptions:  # whose handler goes on with it
+                if id(exc) not in in_use.exceptions:  # those may be reported whole
                     drop_ended_entries(exc)
                 sorted_out.spared.exceptions.append(exc)
                 sorted_out.in_flight.append(exc)
