@@ -224,9 +224,6 @@ def _frame_ids_of(exc: BaseException) -> Set[int]:
             return ids
     ids = {id(frame) for frame in frames_of(exc)}
     if last is not None and len(ids) >= _MANY_FRAMES:
-        # sort_out() leaves this to here: it would go through all of them each time.
-        drop_ended_entries(exc)
-        ids = {id(frame) for frame in frames_of(exc)}
         last.frame_ids[id(exc)] = traceback_of(exc), ids
     return ids
 

@@ -580,11 +580,13 @@ _MACHINERY = ("aiohttp", "asyncio", "uvloop")
 class Emptied:
     """The frames that several severings, one after the other, have emptied."""
 
-    __slots__ = ("_callers", "frames")
+    __slots__ = ("_callers", "frames", "leave_functions")
 
     def __init__(self) -> None:
         # By id, and held, so that it stays their own.
         self.frames: Dict[int, FrameType] = {}
+        # Whether something else has functions that were made in those.
+        self.leave_functions = False
         # The frames behind those, and how many of those they have called.
         self._callers: Dict[int, List[Any]] = {}
 
@@ -627,7 +629,11 @@ class Emptied:
 
         Those of the event loop do not count: it goes on.
         """
-        return not all(_is_machinery(each) for each, _ in self._callers.values())
+        return any(
+            key not in self.frames
+            and (each.f_code.co_flags & _RESUMABLE or not _is_machinery(each))
+            for key, (each, _) in self._callers.items()
+        )
 
     def _count(
         self, caller: Optional[FrameType], callers: Dict[int, List[Any]]
@@ -694,11 +700,14 @@ def _is_certainly_over(frame: FrameType) -> bool:
 
 if (3, 11) <= sys.version_info < (3, 14):
 
-    def _empty_functions(frames: Iterable[FrameType]) -> None:
+    def _empty_functions(frames: List[FrameType]) -> bool:
         """Drop what a function closes over if only emptied frames still hold it.
 
         From CPython 3.11 on a frame holds its function, which ``clear()`` does not
         let go, and a function that is made in a handler closes over the request.
+
+        Returns:
+            Whether something else has one that was made in these frames.
         """
         functions: Dict[int, List[Any]] = {}
         for frame in frames:
@@ -707,10 +716,12 @@ if (3, 11) <= sys.version_info < (3, 14):
                     if type(each) is FunctionType and each.__code__ is frame.f_code:
                         functions.setdefault(id(each), [each, 0])[1] += 1
         each = None
+        left: List[CodeType] = []
         cells: Dict[int, List[Any]] = {}
         while COUNTS_ARE_EXACT:
             for function in _pop_unshared(functions):
                 if getweakrefcount(function):  # who has one calls it while it is there
+                    left.append(function.__code__)
                     continue
                 function.__defaults__ = function.__kwdefaults__ = None
                 closure = function.__closure__
@@ -726,11 +737,16 @@ if (3, 11) <= sys.version_info < (3, 14):
                     del cell.cell_contents
             if not unshared:  # or another function may have lost its last holder
                 break
+        left += [each.__code__ for each, _ in functions.values()]
+        # Most that are left, such as middlewares, were made by none of these.
+        made = {id(const) for frame in frames for const in frame.f_code.co_consts}
+        return any(id(code) in made for code in left)
 
 else:
 
-    def _empty_functions(frames: Iterable[FrameType]) -> None:
+    def _empty_functions(frames: List[FrameType]) -> bool:
         """Before CPython 3.11 a frame does not hold its function."""
+        return False
 
 
 def goes_by_itself(exc: BaseException) -> bool:
@@ -800,18 +816,19 @@ def sever(
     _report_futures(frames.values())
     if clear_frames:
         new = emptied.empty(frames.values(), spared)
-        leaves_callers = emptied.leaves_callers()
+        if _empty_functions(new):
+            emptied.leave_functions = True
+        is_all = not emptied.leave_functions and not emptied.leaves_callers()
         for exc in full:
             are_empty = [id(frame) in emptied.frames for frame in frames_of(exc)]
             tracebacks += sum(are_empty)
             _drop_older_entries(exc, emptied.frames)
-            if all(are_empty) and not leaves_callers:
+            if all(are_empty) and is_all:
                 _mark_all_empty(exc)
     else:
         for exc in exceptions:
             tracebacks += sum(1 for _ in frames_of(exc))
             detach(exc)
-    _empty_functions(new)
     _cut_link_cycles(exceptions)
     return Cut(len(exceptions), tracebacks, len(new))
 
@@ -908,13 +925,13 @@ def _copy(
 
 
 # So many entries stay of the newest, of those from each function on that goes on, and
-# of the oldest.  More of the former stay where functions have called each other: these
-# are not parted.
-_MOST_OF_EACH = 50
+# of the oldest.  No single raise is cut that is within the limit of recursion, which is
+# a thousand unless the program sets another.
+_MOST_OF_EACH = 250
 
 
 def drop_ended_entries(exc: BaseException) -> None:
-    """Shorten the traceback of an exception that somebody has in hand for long.
+    """Shorten the traceback of an exception that a task has in hand for long.
 
     Each request that raises the same instance puts its entries before all others, and
     while a worker waits with it in hand nothing of it is severed.  So what would stay
@@ -928,21 +945,19 @@ def drop_ended_entries(exc: BaseException) -> None:
     kept: List[TracebackType] = []
     seen: Set[int] = set()
     to_keep = _MOST_OF_EACH
-    caller = None
     for entry in entries[:-_MOST_OF_EACH]:
         frame = entry.tb_frame
         if id(frame) not in seen and _goes_on(frame):
             seen.add(id(frame))
             to_keep = _MOST_OF_EACH
-        if to_keep or (caller is not None and frame.f_back is caller):
+        if to_keep:
             kept.append(entry)
-            to_keep = max(0, to_keep - 1)
-            caller = frame
-        else:
-            caller = None
+            to_keep -= 1
     # Not for a few, or the entries that stay would be copied for each request.
     if len(entries) > 2 * (len(kept) + _MOST_OF_EACH):
-        _TRACEBACK.__set__(exc, _copy(kept, entries[-_MOST_OF_EACH]))
+        shortened = _copy(kept, entries[-_MOST_OF_EACH])
+        if traceback_of(exc) is entries[0]:  # or a thread has raised it meanwhile
+            _TRACEBACK.__set__(exc, shortened)
 
 
 def _of_first_time(entry: Optional[TracebackType], key: int) -> Optional[TracebackType]:

@@ -636,3 +636,68 @@ def test_a_websocket_that_is_held_for_good_is_as_bare(ends: Any, guard: str) -> 
     bare = run(main(lambda app: None))
     assert bare[0] == 1
     assert run(main(GUARDS[guard])) == (0, *bare[1:])
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("how", ["a function", "a response"])
+def test_what_is_left_behind_a_failure_goes_with_a_later_request(
+    how: str, guard: str
+) -> None:
+    """Something else has it when the failure, which is cached, is severed first.
+
+    That is a function of the request's own, or aiohttp, which sends its response.
+    """
+    failures: List[LookupError] = []
+    functions: List[Any] = []
+
+    async def first(request: web.Request) -> web.Response:
+        def fail() -> None:
+            raise LookupError(request.path)
+
+        if how == "a function":
+            functions.append(fail)
+        try:
+            fail()
+        except LookupError as exc:
+            failures.append(exc)
+        if how == "a function":
+            raise web.HTTPBadGateway from failures[0]
+        return web.Response()
+
+    async def second(request: web.Request) -> web.Response:
+        raise failures[0]
+
+    async def later(request: web.Request) -> web.Response:
+        raise web.HTTPBadGateway from failures[0]
+
+    async def main(guard: Guard) -> int:
+        is_sent = asyncio.Event()
+
+        async def prepare(request: web.Request, response: Any) -> None:
+            if request.path == "/first" and how == "a response":
+                await is_sent.wait()
+
+        failures.clear()
+        app = web.Application()
+        app.on_response_prepare.append(prepare)
+        for each in (first, second, later):
+            app.router.add_get(f"/{each.__name__}", each)
+        guard(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                asked = asyncio.ensure_future(service.ask("/first"))
+                while not failures:
+                    await asyncio.sleep(0)
+                if how == "a response":
+                    await service.ask("/second")
+                is_sent.set()
+                await asked
+                await service.settle()
+                functions.clear()
+                await service.ask("/later")
+                await service.settle()
+                return len(alive()) - before
+
+    assert run(main(lambda app: None)) >= 2
+    assert run(main(GUARDS[guard])) == 0

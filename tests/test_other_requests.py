@@ -1,6 +1,7 @@
 """One exception in flight in several requests: none of them is disturbed."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import queue
@@ -12,7 +13,14 @@ from typing import Any, Callable, Dict, List, Tuple, Type
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import break_cycles, connections, cyclebreak, holders, setup
+from aiohttp_cyclebreak import (
+    break_cycles,
+    connections,
+    cyclebreak,
+    holders,
+    setup,
+    sever,
+)
 
 from .naive import NAIVE
 from .service import LOOPS, alive, no_collector, run, serve, spin
@@ -445,6 +453,7 @@ def test_a_worker_that_waits_with_an_instance_keeps_few_requests(
     """
     # It would format all of that each time.
     monkeypatch.setattr(logging.getLogger("aiohttp.server"), "disabled", True)
+    monkeypatch.setattr(sever, "_MOST_OF_EACH", 50)
     instance = Down("one for all")
     texts: List[str] = []
 
@@ -499,58 +508,134 @@ def test_a_worker_that_waits_with_an_instance_keeps_few_requests(
     assert any("in work" in text for text in texts)
 
 
-def test_a_request_that_waits_with_an_instance_keeps_few_others() -> None:
-    """As a worker does, if the others leave a response that is to be severed."""
-    instance = Down("one for all")
+async def _dive(depth: int) -> None:
+    if not depth:
+        await asyncio.sleep(0.01)
+        raise Down
+    await _dive(depth - 1)
 
-    def fail(depth: int) -> None:
-        if depth:
-            fail(depth - 1)
-        raise instance
 
-    async def left(guard: Guard) -> int:
-        goes_on, waits = asyncio.Event(), asyncio.Event()
+async def _dive_in_tasks(depth: int) -> None:
+    if not depth:
+        raise Down
+    await asyncio.gather(_dive_in_tasks(depth - 1))
 
-        @web.middleware
-        async def wait(request: web.Request, handler: Any) -> web.StreamResponse:
+
+async def _dive_and_wait(depth: int) -> None:
+    if not depth:
+        raise Down
+    task = asyncio.ensure_future(_dive_and_wait(depth - 1))
+    await asyncio.wait([task])
+    task.result()
+
+
+async def _dive_and_raise_again(depth: int) -> None:
+    if not depth:
+        raise Down
+    try:
+        await _dive_and_raise_again(depth - 1)
+    except Down as exc:
+        raise exc
+
+
+@pytest.mark.parametrize(
+    "dive", [_dive, _dive_in_tasks, _dive_and_wait, _dive_and_raise_again]
+)
+def test_one_long_traceback_stays_whole_for_who_has_it_in_hand(dive: Any) -> None:
+    """It is of one raise, whose functions do not know by their frames who called them.
+
+    Before CPython 3.12 those of coroutines do not.
+    """
+
+    async def lines(guard: Guard) -> int:
+        tasks: List[asyncio.Future[None]] = []
+        found: List[str] = []
+        first_is_over = asyncio.Event()
+
+        async def wait() -> None:
+            if not tasks:
+                tasks.append(asyncio.ensure_future(dive(220)))
+            await asyncio.shield(tasks[0])
+
+        async def first(request: web.Request) -> web.Response:
             try:
-                return await handler(request)  # type: ignore[no-any-return]
-            except Down:
-                waits.set()
-                await goes_on.wait()
-                raise web.HTTPBadGateway from None
-
-        async def handler(request: web.Request) -> web.Response:
-            if request.path == "/wait":
-                fail(depth=0)
-            try:
-                fail(depth=9)
+                await wait()
             except Down as exc:
                 raise web.HTTPBadGateway from exc
-            raise AssertionError
+            return web.Response()
 
-        app = web.Application(middlewares=[wait])
-        app.router.add_get("/{tail:.*}", handler)
+        async def second(request: web.Request) -> web.Response:
+            try:
+                await wait()
+            except Down as exc:
+                await first_is_over.wait()
+                frames = traceback.walk_tb(exc.__traceback__)
+                found.extend(frame.f_code.co_name for frame, _ in frames)
+            return web.Response()
+
+        app = web.Application()
+        app.router.add_get("/1", first)
+        app.router.add_get("/2", second)
         guard(app)
-        with no_collector():
-            before = len(alive())
-            async with serve(app) as service:
-                client = await service.connect()
-                await client.get("/wait")
-                await waits.wait()
-                for _ in range(100):
-                    assert (await service.ask())[0] == 502
-                await spin()
-                found = len(alive()) - before
-                goes_on.set()
-                await client.answer()
-                client.close()
-                await service.settle()
+        async with serve(app) as service:
+            waits = asyncio.ensure_future(service.ask("/2"))
+            assert (await service.ask("/1"))[0] == 502
+            await spin()
+            first_is_over.set()
+            assert (await waits)[0] == 200
+        return found.count(dive.__name__)
+
+    assert run(lines(setup)) == run(lines(lambda app: None)) > 220
+
+
+def test_who_has_an_instance_as_the_outcome_of_a_task_finds_its_own_stack() -> None:
+    """Its request waits outside of all frames of the traceback, while others raise."""
+
+    async def markers(guard: Guard) -> List[str]:
+        instance = Down("one for all")
+        found: List[str] = []
+        is_raised, others_are_over = asyncio.Event(), asyncio.Event()
+
+        def connect(marker: str) -> None:
+            raise instance
+
+        @web.middleware
+        async def isolate(request: web.Request, handler: Any) -> web.StreamResponse:
+            task = asyncio.ensure_future(handler(request))
+            await asyncio.wait([task])
+            is_raised.set()
+            if request.path == "/waits":
+                await others_are_over.wait()
+                for frame, _ in traceback.walk_tb(instance.__traceback__):
+                    found.append(frame.f_locals.get("marker", ""))
+            return task.result()  # type: ignore[no-any-return]
+
+        async def handler(request: web.Request) -> web.Response:
+            try:
+                connect(request.path)
+            except Down as exc:
+                if request.path == "/waits":
+                    raise
+                raise web.HTTPBadGateway from exc
+            return web.Response()
+
+        app = web.Application(middlewares=[isolate])
+        app.router.add_get("/{name}", handler)
+        guard(app)
+        for _ in range(60):
+            with contextlib.suppress(Down):
+                connect("before")
+        async with serve(app) as service:
+            waits = asyncio.ensure_future(service.ask("/waits"))
+            await is_raised.wait()
+            for _ in range(100):
+                assert (await service.ask("/another"))[0] == 502
+            others_are_over.set()
+            assert (await waits)[0] == 500
         return found
 
-    assert run(left(lambda app: None)) == 101
-    instance.__traceback__ = None
-    assert run(left(lambda app: app.middlewares.append(cyclebreak()))) < 50
+    assert "/waits" in run(markers(lambda app: None))
+    assert "/waits" in run(markers(setup))
 
 
 @pytest.mark.parametrize("following", ["/fail", "POST"])

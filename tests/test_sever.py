@@ -860,8 +860,8 @@ def test_a_caller_that_was_needed_before_is_emptied_the_next_time() -> None:
     assert watched() is None
 
 
-def test_functions_that_have_called_each_other_stay_in_a_shortened_traceback() -> None:
-    """However many they are, or the newest of these would be without its end."""
+def test_the_traceback_of_many_raises_is_shortened_and_of_a_single_one_is_not() -> None:
+    """The newest entries stay and the oldest, and none is there twice."""
     instance = ValueError("one for all")
 
     def fail(depth: int) -> None:
@@ -869,16 +869,16 @@ def test_functions_that_have_called_each_other_stay_in_a_shortened_traceback() -
             fail(depth - 1)
         raise instance
 
-    caught(lambda: fail(60))
-    of_each = len(list(frames_of(instance)))
-    for _ in range(9):
-        caught(lambda: fail(60))
-    newest = list(frames_of(instance))[:of_each]
+    caught(lambda: fail(800))
+    single = instance.__traceback__
     drop_ended_entries(instance)
-    left = list(frames_of(instance))
-    assert left[:of_each] == newest
-    assert len(left) < 2 * of_each
-    caught(lambda: fail(60))
+    assert instance.__traceback__ is single
+    for _ in range(40):
+        caught(lambda: fail(20))
+    every = list(map(id, frames_of(instance)))
+    drop_ended_entries(instance)
+    assert list(map(id, frames_of(instance))) == every[:250] + every[-250:]
+    caught(lambda: fail(20))
     grown = instance.__traceback__
     drop_ended_entries(instance)
     assert instance.__traceback__ is grown  # not copied for so few more
