@@ -100,8 +100,8 @@ def test_tasks_that_a_factory_wraps(with_middlewares: bool) -> None:
         paths = ["/ok", "/", "/missing"] * 3
         return await requests_left(runner, guarded and not with_middlewares, *paths)
 
-    # From aiohttp 3.10.6 to 3.11.13 a connection that is closed leaves its last request,
-    # if its task keeps what it was cancelled with: from CPython 3.9 on.
+    # From aiohttp 3.10.6 to 3.11.13 a connection that is closed leaves its last
+    # request, if its task keeps what it was cancelled with: from CPython 3.9 on.
     leaves_last = (3, 10, 6) <= AIOHTTP < (3, 11, 14) and sys.version_info >= (3, 9)
     assert run(main(guarded=False)) == (9 if leaves_last else 6)
     assert run(main(guarded=True)) == 0
