@@ -324,7 +324,7 @@ def in_flight(exc: BaseException, running: Container[int] = ()) -> bool:
         running: the ids of frames that do not count: their tasks are known not to
             have it in hand.
     """
-    if _is_severed(exc):
+    if _is_all_empty(exc):
         return False
     executing: Set[int] = set()
     traceback = traceback_of(exc)
@@ -580,13 +580,13 @@ _MACHINERY = ("aiohttp", "asyncio", "uvloop")
 class Emptied:
     """The frames that several severings, one after the other, have emptied."""
 
-    __slots__ = ("_callers", "frames", "leave_functions")
+    __slots__ = ("_callers", "frames", "leaves_functions")
 
     def __init__(self) -> None:
         # By id, and held, so that it stays their own.
         self.frames: Dict[int, FrameType] = {}
         # Whether something else has functions that were made in those.
-        self.leave_functions = False
+        self.leaves_functions = False
         # The frames behind those, and how many of those they have called.
         self._callers: Dict[int, List[Any]] = {}
 
@@ -806,7 +806,7 @@ def sever(
     new: List[FrameType] = []
     full = exceptions
     if clear_frames:
-        full = [exc for exc in exceptions if not _is_severed(exc)]
+        full = [exc for exc in exceptions if not _is_all_empty(exc)]
     frames = {
         id(frame): frame
         for exc in full
@@ -817,8 +817,8 @@ def sever(
     if clear_frames:
         new = emptied.empty(frames.values(), spared)
         if _empty_functions(new):
-            emptied.leave_functions = True
-        is_all = not emptied.leave_functions and not emptied.leaves_callers()
+            emptied.leaves_functions = True
+        is_all = not emptied.leaves_functions and not emptied.leaves_callers()
         for exc in full:
             are_empty = [id(frame) in emptied.frames for frame in frames_of(exc)]
             tracebacks += sum(are_empty)
@@ -971,14 +971,14 @@ def _of_first_time(entry: Optional[TracebackType], key: int) -> Optional[Traceba
 
 
 def _mark_all_empty(exc: BaseException) -> None:
-    """Note in the first frame of a traceback that all of it is empty."""
+    """Note in the first frame of a traceback that it holds nothing any more."""
     entry = traceback_of(exc)
     severed: Any = None if entry is None else entry.tb_frame.f_trace
     if type(severed) is _Severed and id(exc) in severed:
         severed[id(exc)] |= _ALL_EMPTY
 
 
-def _is_severed(exc: BaseException) -> bool:
+def _is_all_empty(exc: BaseException) -> bool:
     """Whether all of an exception's traceback was emptied, and it was not raised since.
 
     One instance that many requests have kept has the frames of all of them there, and

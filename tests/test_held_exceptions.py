@@ -107,10 +107,7 @@ def test_a_failure_at_the_start_that_is_raised_again_keeps_no_request(
             before = len(alive())
             async with serve(app) as service:
                 for _ in range(20):
-                    client = await service.connect()
-                    await client.get()
-                    await client.answer()
-                    client.close()
+                    await service.ask()
                 await service.settle()
             return len(alive()) - before
 

@@ -588,8 +588,11 @@ def test_one_long_traceback_stays_whole_for_who_has_it_in_hand(dive: Any) -> Non
     assert run(lines(setup)) == run(lines(lambda app: None)) > 220
 
 
-def test_who_has_an_instance_as_the_outcome_of_a_task_finds_its_own_stack() -> None:
+def test_who_has_an_instance_as_the_outcome_of_a_task_finds_its_own_stack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Its request waits outside of all frames of the traceback, while others raise."""
+    monkeypatch.setattr(sever, "_MOST_OF_EACH", 10)
 
     async def markers(guard: Guard) -> List[str]:
         instance = Down("one for all")

@@ -755,28 +755,32 @@ def test_what_a_living_function_closes_over_stays() -> None:
         assert exc.args == ("closed overdefault",)
 
 
+def catch_into(found: List[BaseException]) -> None:
+    """Have an exception whose traceback does not lead to the caller, but by f_back."""
+    try:
+        raise ValueError
+    except ValueError as exc:
+        found.append(exc)
+
+
+def lose_marker(call: Callable[[Any], None]) -> "weakref.ref[Marker]":
+    """Hand a marker to a function, whose frame alone has it then."""
+    marker = Marker()
+    call(marker)
+    return weakref.ref(marker)
+
+
 def test_the_callers_behind_a_traceback_are_emptied_too() -> None:
     """A traceback ends where the exception was caught; f_back goes on."""
-    held: List[Any] = []
-
-    def catch() -> None:
-        try:
-            raise ValueError
-        except ValueError as exc:
-            held.append(exc)
+    held: List[BaseException] = []
 
     def call(marker: Any) -> None:
         itself = sys._getframe()  # noqa: F841  # a cycle of its own
-        catch()
-
-    def lose() -> "weakref.ref[Any]":
-        marker = Marker()
-        call(marker)
-        return weakref.ref(marker)
+        catch_into(held)
 
     gc.disable()
     try:
-        watched = lose()
+        watched = lose_marker(call)
         assert watched() is not None
         sever(held)
         assert watched() is None
@@ -808,22 +812,11 @@ def test_the_caller_of_several_is_emptied_with_the_last_of_them(together: bool) 
     """One after the other with what has been emptied, or another needs it still."""
     found: List[BaseException] = []
 
-    def catch() -> None:
-        try:
-            raise ValueError
-        except ValueError as exc:
-            found.append(exc)
-
     def call(marker: Any) -> None:
-        catch()
-        catch()
+        catch_into(found)
+        catch_into(found)
 
-    def lose() -> "weakref.ref[Any]":
-        marker = Marker()
-        call(marker)
-        return weakref.ref(marker)
-
-    watched = lose()
+    watched = lose_marker(call)
     emptied = Emptied()
     sever(found[:1], emptied=emptied if together else None)
     assert watched() is not None
@@ -837,22 +830,11 @@ def test_a_caller_that_was_needed_before_is_emptied_the_next_time() -> None:
     found: List[BaseException] = []
     needed: List[Any] = []
 
-    def catch() -> None:
-        try:
-            raise ValueError
-        except ValueError as exc:
-            found.append(exc)
-
     def call(marker: Any) -> None:
         needed.append(sys._getframe())
-        catch()
+        catch_into(found)
 
-    def lose() -> "weakref.ref[Any]":
-        marker = Marker()
-        call(marker)
-        return weakref.ref(marker)
-
-    watched = lose()
+    watched = lose_marker(call)
     sever(found)
     assert watched() is not None
     needed.clear()
