@@ -6,10 +6,10 @@ from weakref import ref
 
 from aiohttp import web
 
+from .exceptions import graph, traceback_of
 from .holders import Watching
 from .internals import error_of_call
 from .options import Options
-from .sever import graph, traceback_of
 
 __all__ = ("Calls", "Serving", "are_followed", "current", "follow", "serving_of")
 

@@ -12,31 +12,20 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from itertools import chain, compress, islice
+from itertools import compress, islice
 from types import (
-    AsyncGeneratorType,
-    CellType,
-    CodeType,
-    CoroutineType,
     FrameType,
-    FunctionType,
-    GeneratorType,
-    GetSetDescriptorType,
-    MemberDescriptorType,
-    MethodType,
     ModuleType,
     TracebackType,
 )
 from typing import (
     Any,
-    Callable,
     Collection,
     Dict,
     Generator,
     Iterable,
     Iterator,
     List,
-    Mapping,
     Optional,
     Sequence,
     Set,
@@ -47,9 +36,24 @@ from aiohttp import web
 
 from . import internals
 from .counts import module_of as _module_of
-from .counts import type_name as _type_name
-from .leaks import CATALOGUE, Remedy
-from .sever import COUNTS_ARE_EXACT
+from .frames import COUNTS_ARE_EXACT
+from .naming import (
+    RESUMABLE,
+    attribute_name,
+    described,
+    frame_name,
+    frame_of,
+    global_name,
+    how_held,
+    is_dict_of,
+    is_of,
+    items_of,
+    local_name,
+    mro_of,
+    values_of,
+    variables_of,
+)
+from .patterns import advise, marks_of, recognise
 
 __all__ = ("Chain", "Link", "chains", "shortest_chain")
 
@@ -67,10 +71,8 @@ _RUNNERS = (
 # asyncio's own frames: the event loop that they run is a holder, they are not.
 _MACHINERY = (*_RUNNERS, __package__, "asyncio", "uvloop", "unittest", "threading")
 _LAST_ERROR = {"last_exc", "last_type", "last_value", "last_traceback"}
-_RESUMABLE = (CoroutineType, GeneratorType, AsyncGeneratorType)
 # A running function holds these to pass arguments, or to go through a loop.
 _PASSING = (tuple, enumerate, zip, map)
-_SPECIAL = ("__traceback__", "__cause__", "__context__", "__self__", "__func__")
 _CHUNK = 64  # objects a call of gc.get_referrers(), which compares with each
 _SMALL_CHUNK = 8  # takes a third of the time, for the fewer objects of one target
 _SLICE = 10_000  # tasks that are looked at without a pause
@@ -268,7 +270,7 @@ class _Search:
         is_careful: bool = False,
     ) -> None:
         self._most = most  # of the objects that may be met
-        # With what runs in other threads of a service: see _variables().
+        # With what runs in other threads of a service: see variables_of().
         self._is_careful = is_careful and sys.version_info < (3, 13)
         self._pauses = False
         self._deadline = None if budget is None else time.monotonic() + budget
@@ -328,13 +330,13 @@ class _Search:
             return  # its variables are those of a module or a class
         variables = None
         if not (elsewhere and self._is_careful):
-            variables = _variables(frame, elsewhere, self._ignored)
+            variables = variables_of(frame, elsewhere, self._ignored)
         if variables is None:
-            variables = [("", value) for value in _values(frame)]
+            variables = [("", value) for value in values_of(frame)]
         for name, value in variables:
             self._references[id(value)] = self._references.get(id(value), 0) + 1
             if id(frame) not in self._ignored:
-                link = _frame_link(frame, _local(name))
+                link = _frame_link(frame, local_name(name))
                 self._frames.setdefault(id(value), _Root("live", link))
 
     # Who leads where.
@@ -473,12 +475,12 @@ class _Search:
             return True
         if kind is FrameType:
             return _belongs_to(holder.f_globals, _RUNNERS)
-        if kind in _RESUMABLE:
-            frame = _frame_of(holder)
+        if kind in RESUMABLE:
+            frame = frame_of(holder)
             return frame is not None and (
                 id(frame) in self._ignored or _belongs_to(frame.f_globals, _RUNNERS)
             )
-        return _is_of(_module_of(kind), _RUNNERS)
+        return is_of(_module_of(kind), _RUNNERS)
 
     def _look_for_root(self, index: int) -> None:
         each = self._objects[index]
@@ -498,7 +500,7 @@ class _Search:
         namespace = self._objects[index]
         return any(
             value is self._objects[held]
-            for name, value in _items(namespace)
+            for name, value in items_of(namespace)
             if name not in _LAST_ERROR
             for held in self._held[index]
         )
@@ -558,7 +560,7 @@ class _Search:
         return self._note(holders, missing)
 
     def _order(self, index: int) -> Tuple[str, ...]:
-        return _what(self._objects[index], self._modules)[0], str(index).zfill(9)
+        return described(self._objects[index], self._modules)[0], str(index).zfill(9)
 
     # From the root, or the cycle, to the target.
 
@@ -577,7 +579,7 @@ class _Search:
         if cycle is None:
             return None
         path = self._path([cycle[0]], target)
-        if _is_dict_of(self._objects[cycle[0]], self._objects[cycle[-2]]):
+        if is_dict_of(self._objects[cycle[0]], self._objects[cycle[-2]]):
             cycle = [cycle[-2], *cycle[:-1]]  # begin with the owner
             path = [cycle[0], *path]
         if not self._still_leads([*cycle, *path[1:]]):
@@ -687,28 +689,28 @@ class _Search:
         links, loop = self._links(objects), self._links(looped)
         if leading is not None:
             links = (leading, *links)
-        marks = {mark for each in whole for mark in _marks(each)}
+        marks = {mark for each in whole for mark in marks_of(each)}
         marks.update(link.holds for link in (*loop, *links))
-        leak = _recognise(kind, marks)
-        return Chain(links, kind, loop, leak, _advise(kind, leak, marks))
+        leak = recognise(kind, marks)
+        return Chain(links, kind, loop, leak, advise(kind, leak, marks))
 
     def _links(self, objects: List[Any]) -> Tuple[Link, ...]:
         links: List[Link] = []
         for position, each in enumerate(objects):
             following = objects[position + 1 : position + 2]
             before = objects[position - 1] if position else None
-            if following and before is not None and _is_dict_of(each, before):
+            if following and before is not None and is_dict_of(each, before):
                 continue  # said by its owner
             if following and type(each) is type(following[0]) is TracebackType:
                 continue  # it is a list of them
             holds = ""
             if following:
-                holds = _how(each, following[0])
-                if _is_dict_of(following[0], each) and objects[position + 2 :]:
-                    holds = _attribute(each, objects[position + 2])
-            what, file, line = _what(each, self._modules)
+                holds = how_held(each, following[0])
+                if is_dict_of(following[0], each) and objects[position + 2 :]:
+                    holds = attribute_name(each, objects[position + 2])
+            what, file, line = described(each, self._modules)
             if id(each) in self._modules:
-                holds = _global(each, following[0]) if following else ""
+                holds = global_name(each, following[0]) if following else ""
             links.append(Link(what, holds, file, line))
         return tuple(links)
 
@@ -734,12 +736,8 @@ def _referents(each: Any) -> List[Any]:
     return gc.get_referents(each)
 
 
-def _is_of(module: object, packages: Sequence[str]) -> bool:
-    return isinstance(module, str) and module.partition(".")[0] in packages
-
-
 def _belongs_to(namespace: Dict[str, Any], packages: Sequence[str]) -> bool:
-    return _is_of(dict.get(namespace, "__name__"), packages)
+    return is_of(dict.get(namespace, "__name__"), packages)
 
 
 def _is_open_loop(each: Any) -> bool:
@@ -751,365 +749,13 @@ def _is_open_loop(each: Any) -> bool:
         return False
 
 
-def _frame_of(resumable: Any) -> Optional[FrameType]:
-    for prefix in ("cr", "gi", "ag"):
-        frame = getattr(resumable, prefix + "_frame", None)
-        if frame is not None:
-            return frame  # type: ignore[no-any-return]
-    return None
-
-
-def _code_of(resumable: Any) -> CodeType:
-    for prefix in ("cr", "gi", "ag"):
-        code = getattr(resumable, prefix + "_code", None)
-        if code is not None:
-            break
-    return code  # type: ignore[return-value]
-
-
-# Who may have the dict that is a frame's ``f_locals`` names one of these.
-_SHARING = {
-    "_getframe",
-    "currentframe",
-    "dir",
-    "eval",
-    "exec",
-    "f_locals",
-    "locals",
-    "vars",
-}
-# pytest has each assertion of a test ask for it, and keep nothing.
-_OF_PYTEST = "@py_builtins"
-
-
-def _may_share(names: Collection[str]) -> bool:
-    shared = _SHARING.intersection(names)
-    return bool(shared - {"locals"} if _OF_PYTEST in names else shared)
-
-
-def _variables(
-    frame: FrameType, elsewhere: bool, snapshots: Optional[Set[int]] = None
-) -> Optional[List[Tuple[str, Any]]]:
-    """A function's local variables; None where reading them might change something.
-
-    Before CPython 3.13 ``f_locals`` is a dict that the frame shares with whoever has
-    asked for it, ``locals()`` or a trace function: reading it brings that up to date,
-    and a trace function's is written back into the variables.
-
-    Args:
-        frame: of the function.
-        elsewhere: whether it runs in another thread, of which it is not known whether
-            it is traced: then they are left behind in it.
-        snapshots: where to note the id of a dict that somebody else has.
-    """
-    if sys.version_info >= (3, 13):
-        return list(frame.f_locals.items())
-    if any(
-        map(_is_in_python, (frame.f_trace, sys.gettrace(), sys.getprofile()))
-    ) or _may_share(frame.f_code.co_names):
-        return None
-    variables = frame.f_locals
-    found = list(variables.items())
-    # It stays in the frame.  If nobody else has it, nobody misses what is in it: the
-    # frame, the variable, the argument.
-    if sys.getrefcount(variables) <= 3 and not elsewhere:
-        variables.clear()
-    elif snapshots is not None:
-        snapshots.add(id(variables))
-    return found
-
-
-def _is_in_python(function: Any) -> bool:
-    """Whether a trace or profile function is: one in C, as coverage's, shares none."""
-    kind = type(function)
-    return kind in (FunctionType, MethodType) or any(
-        type(vars(each).get("__call__")) is FunctionType for each in _mro_of(kind)
-    )
-
-
-def _values(frame: FrameType) -> List[Any]:
-    """What a function's variables hold, as far as the collector sees it."""
-    known = (
-        frame.f_back,
-        frame.f_builtins,
-        frame.f_code,
-        frame.f_globals,
-        frame.f_trace,
-    )
-    ids = set(map(id, known))
-    return [each for each in gc.get_referents(frame) if id(each) not in ids]
-
-
-def _local(name: str) -> str:
-    return f"local variable {name!r}" if name else "local variable"
-
-
-def _runs_elsewhere(frame: FrameType) -> bool:
-    """Whether a frame is one of those that run in other threads."""
-    tops = sys._current_frames()  # noqa: SLF001
-    tops.pop(threading.get_ident(), None)  # which has this function's own
-    for top in tops.values():
-        running: Optional[FrameType] = top
-        while running is not None:
-            if running is frame:
-                return True
-            running = running.f_back
-    return False
-
-
-def _dict_of(each: Any) -> Optional[Dict[str, Any]]:
-    try:
-        attributes = object.__getattribute__(each, "__dict__")
-    except Exception:  # a property of the application's, say
-        return None
-    return attributes if type(attributes) is dict else None
-
-
-def _is_dict_of(each: Any, owner: Any) -> bool:
-    if type(each) is not dict or type(owner) is ModuleType:
-        return False
-    return _dict_of(owner) is each
-
-
-def _items(namespace: Dict[Any, Any]) -> Iterator[Tuple[Any, Any]]:
-    """The items of a dict, read in one step: another thread may change it."""
-    # Not list(dict.items()): making a million tuples runs the collector, and that
-    # runs the application's finalizers.
-    both = list(chain(dict.keys(namespace), dict.values(namespace)))
-    half = len(both) // 2
-    return zip(both[:half], both[half:])
-
-
-def _key(namespace: Optional[Dict[Any, Any]], held: Any) -> Any:
-    for key, value in _items(namespace or {}):
-        if value is held:
-            return key
-    return None
-
-
-# A name is shown if code has it.  Any other may be a value, such as one that a client
-# has sent and setattr() was given.
-
-
-def _attribute(owner: Any, held: Any) -> str:
-    name = _key(_dict_of(owner), held)
-    if type(name) is str:
-        for kind in _mro_of(type(owner)):
-            namespace, module = _namespace_of(kind), _module_of(kind)
-            annotations = namespace.get("__annotations__")
-            if (
-                (type(annotations) is dict and name in annotations)
-                or name in _names_in(namespace.values(), module)
-                or name in _names_in_module(module)
-            ):
-                return f"attribute {name!r}"
-    return "an attribute"
-
-
-def _global(namespace: Dict[str, Any], held: Any) -> str:
-    name = _key(namespace, held)
-    module = dict.get(namespace, "__name__")
-    if type(name) is str and name in _names_in(namespace.values(), module):
-        return f"global {name!r}"
-    return "a global"
-
-
-def _names_in_module(name: Optional[str]) -> Set[str]:
-    module = sys.modules.get(name or "")
-    return (
-        _names_in(vars(module).values(), name) if type(module) is ModuleType else set()
-    )
-
-
-def _names_in(values: Iterable[Any], module: object) -> Set[str]:
-    """The names that are used by functions, and by those of a module's classes."""
-    names: Set[str] = set()
-    seen: Set[int] = set()
-    walk = list(values)
-    for each in walk:
-        kind = type(each)
-        if kind is CodeType:
-            names.update(each.co_names)
-            walk += each.co_consts
-        elif id(each) in seen:
-            continue
-        elif kind is FunctionType:
-            seen.add(id(each))
-            walk += (each.__code__, each.__dict__.get("__wrapped__"))
-        elif kind in (classmethod, staticmethod):
-            walk.append(each.__func__)
-        elif kind is property:
-            walk += (each.fget, each.fset)
-        elif issubclass(kind, type) and _module_of(each) == module:
-            seen.add(id(each))
-            walk += _namespace_of(each).values()
-    return names
-
-
-def _what(
-    each: Any, modules: Dict[int, str]
-) -> Tuple[str, Optional[str], Optional[int]]:
-    """What an object is, and for a frame where."""
-    if id(each) in modules:
-        return f"module {modules[id(each)]}", None, None
-    kind = type(each)
-    if kind is FrameType:
-        link = _frame_link(each, "")
-        return link.type, link.file, link.line
-    if kind in _RESUMABLE:
-        code = _code_of(each)
-        frame = _frame_of(each)
-        line = frame.f_lineno if frame is not None else code.co_firstlineno
-        return f"{kind.__name__} {each.__qualname__}", code.co_filename, line
-    if kind is FunctionType:
-        code = each.__code__
-        return (
-            f"function {each.__qualname__}",
-            code.co_filename,
-            code.co_firstlineno,
-        )
-    if kind is MethodType:
-        return f"method {_name_of(each.__func__)}", None, None
-    if kind is TracebackType:
-        return "traceback", None, None
-    if issubclass(kind, type):
-        return f"class {_type_name(each)}", None, None
-    return _type_name(kind), None, None
-
-
-def _name_of(function: Any) -> str:
-    kind = type(function)
-    return function.__qualname__ if kind is FunctionType else _type_name(kind)
-
-
 def _frame_link(frame: FrameType, holds: str) -> Link:
-    code = frame.f_code
-    name = getattr(code, "co_qualname", code.co_name)
-    return Link(f"frame of {name}", holds, code.co_filename, frame.f_lineno)
-
-
-def _how(holder: Any, held: Any) -> str:
-    """How one object holds another, by name, and never by a value."""
-    kind = type(holder)
-    if kind is FrameType:
-        return _how_frame(holder, held)
-    if kind in _RESUMABLE:
-        return _how_resumable(holder, held)
-    if kind is CellType:
-        return "closure cell"
-    if kind is FunctionType:
-        return _how_function(holder, held)
-    if kind is tuple and type(held) is CellType:
-        return "closure"
-    if kind in (list, tuple):
-        for index, each in enumerate(holder):
-            if each is held:
-                return f"index {index}"
-    if issubclass(kind, dict):
-        return _how_dict(holder, held)
-    attributes = _dict_of(holder)
-    if attributes is held:
-        return "attributes"
-    if _key(attributes, held) is not None:
-        return _attribute(holder, held)
-    return _how_by_descriptor(holder, held)
-
-
-def _how_dict(holder: Any, held: Any) -> str:
-    for key, value in _items(holder):
-        if value is held:
-            return f"value of a key of type {_type_name(type(key))}"
-        if key is held:
-            return "key"
-    return "holds"
-
-
-def _how_frame(frame: FrameType, held: Any) -> str:
-    variables: Optional[List[Tuple[str, Any]]] = []
-    if frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-        elsewhere = sys.version_info < (3, 13) and _runs_elsewhere(frame)
-        variables = None if elsewhere else _variables(frame, False)
-    for name, value in variables or ():
-        if value is held or _is_cell_of(held, value):
-            return _local(name)
-    if frame.f_back is held:
-        return "f_back"
-    return "temporary value" if variables is not None else _local("")
-
-
-def _is_cell_of(cell: Any, value: Any) -> bool:
-    try:
-        return type(cell) is CellType and cell.cell_contents is value
-    except ValueError:  # it is empty
-        return False
-
-
-def _how_resumable(holder: Any, held: Any) -> str:
-    frame = _frame_of(holder)
-    if frame is held:
-        return "frame"
-    for prefix in ("cr_await", "gi_yieldfrom", "ag_await"):
-        if getattr(holder, prefix, None) is held:
-            return "awaits"
-    if frame is not None:
-        how = _how_frame(frame, held)
-        if how != "temporary value" or not issubclass(type(held), BaseException):
-            return how
-    return "exception in hand"
-
-
-def _how_function(function: Any, held: Any) -> str:
-    if function.__closure__ is held:
-        names = ", ".join(map(repr, function.__code__.co_freevars))
-        return f"closure over {names}"
-    for name in ("__defaults__", "__kwdefaults__", "__globals__", "__wrapped__"):
-        if getattr(function, name, None) is held:
-            return name
-    return "holds"
-
-
-def _how_by_descriptor(holder: Any, held: Any) -> str:
-    for kind in _mro_of(type(holder)):
-        in_c = not _flags_of(kind) & _HEAP or _is_of(_module_of(kind), _STDLIB)
-        for name, descriptor in list(_namespace_of(kind).items()):
-            if name.startswith("__") and name not in _SPECIAL:
-                continue
-            if type(descriptor) is MemberDescriptorType or (
-                in_c and type(descriptor) is GetSetDescriptorType
-            ):
-                try:
-                    value = descriptor.__get__(holder)
-                except Exception:  # a slot that is empty
-                    continue
-                if value is held:
-                    return name if in_c else f"attribute {name!r}"
-    return "holds"
-
-
-# What a chain is told by: the modules and functions of frames, types, attributes.
-
-
-def _marks(each: Any) -> Iterator[str]:
-    kind = type(each)
-    yield _type_name(kind)
-    if kind is FrameType:
-        module = dict.get(each.f_globals, "__name__")
-        yield f"{module}:{each.f_code.co_name}"
-        if not _is_of(module, ("aiohttp", "asyncio")):
-            yield _FRAME
-    if kind in _RESUMABLE:
-        yield str(each.__qualname__)
-    if issubclass(kind, asyncio.Task):
-        yield _TASK
-    if issubclass(kind, BaseException):
-        yield _ERROR
-    if issubclass(kind, web.HTTPException):
-        yield _HTTP_ERROR
+    return Link(frame_name(frame), holds, frame.f_code.co_filename, frame.f_lineno)
 
 
 def _is_application(each: Any) -> bool:
     # Not issubclass(): it is an abstract class, which remembers what it is asked.
-    return any(kind is web.Application for kind in _mro_of(type(each)))
+    return any(kind is web.Application for kind in mro_of(type(each)))
 
 
 def _start(objects: Sequence[Any]) -> Optional[int]:
@@ -1121,110 +767,3 @@ def _start(objects: Sequence[Any]) -> Optional[int]:
         if issubclass(type(each), asyncio.Task) and not each.done():
             return index
     return None
-
-
-_FRAME, _TASK = "a frame of the application", "a task"
-_ERROR, _HTTP_ERROR = "an error", "an error that is a response"
-
-# The first whose marks are all there is what a chain is; the catalogue's other leaks
-# come down to one of these.
-_PATTERNS: Tuple[Tuple[str, str, Tuple[str, ...]], ...] = (
-    ("permanent", "late-read", ("aiohttp.web_protocol.PayloadAccessError",)),
-    (
-        "permanent",
-        "cve-2024-52303",
-        ("functools._lru_cache_wrapper", "aiohttp.web_urldispatcher.SystemRoute"),
-    ),
-    ("permanent", "singleton", (_ERROR, "traceback")),
-    ("live", "idle-body", ("RequestHandler.start", "local variable 'request'")),
-    *(
-        ("delayed", "gateway", (mark, _ERROR))
-        for mark in (
-            "aiohttp.client_proto.ResponseHandler",
-            "aiohttp.client_reqrep.ClientResponse",
-            "aiohttp.client:_request",
-            "aiohttp.connector:_wrap_create_connection",
-            "aiohttp.connector:_create_direct_connection",
-            "aiohappyeyeballs.impl:start_connection",
-        )
-    ),
-    ("delayed", "websocket", ("aiohttp.web_ws.WebSocketResponse",)),
-    ("delayed", "late-read", ("aiohttp.web_protocol.PayloadAccessError",)),
-    ("delayed", "payload", ("aiohttp.streams.StreamReader", _ERROR, "traceback")),
-    (
-        "delayed",
-        "started",
-        ("aiohttp.web_protocol:start", "local variable 'task'", _ERROR),
-    ),
-    # Before CPython 3.11 the task holds the traceback of its cancellation alone.
-    ("delayed", "close-cancel", ("aiohttp.web_protocol:start", _TASK, "traceback")),
-    ("delayed", "no-route", ("aiohttp.web_urldispatcher.MatchInfoError",)),
-    ("delayed", "no-route", ("aiohttp.web_urldispatcher.SystemRoute",)),
-    ("delayed", "stash", ("attribute '_state'", _ERROR, "traceback")),
-    (
-        "delayed",
-        "http-exception",
-        ("aiohttp.web_protocol:_handle_request", "local variable 'resp'", _HTTP_ERROR),
-    ),
-    (
-        "delayed",
-        "client-gone",
-        ("aiohttp.base_protocol:_drain_helper", _ERROR, "traceback"),
-    ),
-    ("delayed", "kept-local", (_FRAME, "traceback")),
-)
-
-
-def _recognise(kind: str, marks: Set[str]) -> Optional[str]:
-    for its_kind, leak, needed in _PATTERNS:
-        if its_kind == kind and marks.issuperset(needed):
-            return leak
-    return None
-
-
-_REMEDIES = {
-    Remedy.MIDDLEWARE: (
-        "cyclebreak() among the application's middlewares stops this, and setup(app)"
-        " also where one of them raises"
-    ),
-    Remedy.CLIENT: (
-        "client_cyclebreak() among the trace_configs of the client session stops this"
-    ),
-    Remedy.SERVER: "guard_server(runner) stops this",
-}
-_ADVICE = {
-    "delayed": (
-        "Cut one of these references once the request is answered: del the variable, "
-        "or clear the attribute."
-    ),
-    "live": (
-        "It is let go when what the first line names ends; if that is too late, give "
-        "it only what it needs of the request."
-    ),
-    "permanent": (
-        "Remove it from what the first lines name once the request is answered, or "
-        "keep only what you need of it."
-    ),
-    "unknown": "Look again with a larger budget, and without gc.freeze().",
-}
-
-
-def _advise(kind: str, leak: Optional[str], marks: Set[str]) -> str:
-    for each in CATALOGUE:
-        if leak is not None and each.id.partition("/")[0] == leak:
-            advice = f"{_REMEDIES[each.remedy]}; {leak} of the catalogue: {each.title}."
-            return f"{advice} {each.upstream}".rstrip()
-    if kind == "delayed" and {_ERROR, "traceback"} & marks:
-        return (
-            f"{_ADVICE[kind]} cyclebreak() does it for exceptions that leave a handler."
-        )
-    return _ADVICE[kind]
-
-
-# Whatever a metaclass says.
-_mro_of: Callable[[type], Tuple[type, ...]] = type.__dict__["__mro__"].__get__
-_flags_of: Callable[[type], int] = type.__dict__["__flags__"].__get__
-_namespace_of: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"].__get__
-
-_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
-_STDLIB = ("_asyncio", "_contextvars", "_functools", "builtins", "collections")

@@ -28,21 +28,17 @@ from aiohttp import web
 
 from . import internals
 from .complaints import complain
-from .holders import leave, pending, somebody_has, sort_out
-from .internals import HANDLE_REQUEST, has_gone_on
-from .sever import (
+from .exceptions import frames_of, goes_by_itself, graph, leads_on, traceback_of
+from .frames import (
     COUNTS_ARE_EXACT,
     Emptied,
     empty_with_callers,
-    frames_of,
-    goes_by_itself,
-    graph,
     is_finished,
-    leads_on,
     returns_of,
-    sever,
-    traceback_of,
 )
+from .holders import leave, pending, somebody_has, sort_out
+from .internals import HANDLE_REQUEST, has_gone_on
+from .sever import sever
 
 __all__ = (
     "Connection",

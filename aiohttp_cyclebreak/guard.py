@@ -29,6 +29,17 @@ from .connections import (
     unread_has_come,
 )
 from .counts import route_of
+from .exceptions import (
+    attributes_of,
+    detach,
+    frames_of,
+    goes_by_itself,
+    graph,
+    leads_on,
+    leads_to,
+    traceback_of,
+)
+from .frames import COUNTS_ARE_EXACT, Emptied, empty, empty_with_callers, local_values
 from .holders import (
     MOST_NOTED,
     Holder,
@@ -41,23 +52,7 @@ from .holders import (
 )
 from .internals import HANDLE_REQUEST, connection_of_response, connection_task
 from .options import BodyReleasedError, BreakEvent, Options
-from .sever import (
-    COUNTS_ARE_EXACT,
-    Cut,
-    Emptied,
-    attributes_of,
-    detach,
-    empty,
-    empty_with_callers,
-    frames_of,
-    goes_by_itself,
-    graph,
-    leads_on,
-    leads_to,
-    local_values,
-    sever,
-    traceback_of,
-)
+from .sever import Cut, sever
 
 __all__ = ("begin", "follow", "leave_alone", "note", "note_http_exception", "passed")
 

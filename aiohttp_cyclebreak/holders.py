@@ -26,20 +26,11 @@ from aiohttp import web
 
 from . import internals
 from .complaints import complain
-from .sever import (
-    awaiting_frames,
-    awaits_in,
-    drop_ended_entries,
-    exceptions_in,
-    frames_of,
-    graph,
-    handled_by,
-    in_flight,
-    is_finished,
-    leads_on,
-    sever,
-    traceback_of,
-)
+from .exceptions import exceptions_in, frames_of, graph, leads_on, traceback_of
+from .frames import is_finished
+from .running import awaiting_frames, awaits_in, handled_by, in_flight
+from .sever import sever
+from .tracebacks import drop_ended_entries
 
 if TYPE_CHECKING:
     from .connections import Connection

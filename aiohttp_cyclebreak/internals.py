@@ -21,8 +21,9 @@ from aiohttp import hdrs, web, web_app, web_protocol
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_urldispatcher import SystemRoute
 
+from .exceptions import frames_of, is_exception
 from .options import Options
-from .sever import frames_of, is_exception, wrapped_coroutine
+from .running import wrapped_coroutine
 
 __all__ = (
     "HANDLE_REQUEST",
@@ -683,7 +684,7 @@ def connection_holds(coroutine: Any, frame: Optional[FrameType], value: object) 
     3.14.
     """
     # From CPython 3.11 on the locals are the coroutine's until it is over.
-    for each in gc.get_referents(coroutine, frame):  # noqa: SIM110 - as in sever
+    for each in gc.get_referents(coroutine, frame):  # noqa: SIM110 - as in frames
         if each is value:
             return True
     return False

@@ -28,8 +28,9 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from aiohttp_cyclebreak import probe
-from aiohttp_cyclebreak.chains import _how, _is_dict_of, _key, _Search, _what
+from aiohttp_cyclebreak.chains import _Search
 from aiohttp_cyclebreak.leaks import CATALOGUE, Kind, Leak, Step
+from aiohttp_cyclebreak.naming import described, global_name, how_held, is_dict_of
 
 AIOHTTP = tuple(int(part) for part in re.findall(r"\d+", aiohttp.__version__)[:3])
 FOLDER = pathlib.Path(__file__).with_name("pictures")
@@ -96,7 +97,7 @@ def name_of(each: Any) -> str:
         return f"module {_modules()[id(each)]}"
     if issubclass(type(each), asyncio.Task):
         return f"Task of {each.get_coro().__qualname__}"
-    what, _, _ = _what(each, {})
+    what, _, _ = described(each, {})
     if type(each).__name__ == "frame":
         return f"frame of {qualified(each)}"
     return re.sub(r"^(class )?[\w.]*\.(?=\w+$)", r"\1", what).replace("<locals>.", "")
@@ -131,22 +132,22 @@ def kind_of(each: Any) -> str:
 def how_of(holder: Any, held: Any) -> Optional[str]:
     """How one object holds another, itself or by its attributes."""
     attributes = next(
-        (each for each in gc.get_referents(holder) if _is_dict_of(each, holder)), None
+        (each for each in gc.get_referents(holder) if is_dict_of(each, holder)), None
     )
     for name, value in (attributes or {}).items():
         if value is held:
             return f".{name}"
     if not any(each is held for each in gc.get_referents(holder)):
         return None
-    how = _how(holder, held)
+    found = how_held(holder, held)
     if id(holder) in _modules():
-        how = _key(holder, held, "global").replace("'", "")
-    how = how.partition(" of a key")[0]
-    how = re.sub(r"^attribute '(.*)'$", r".\1", how)
-    how = re.sub(r"^local variable '(.*)'$", r"local \1", how)
-    if how == "holds" and issubclass(type(holder), asyncio.Task):
-        how = "its exception"  # in C; gc.get_referents() shows it
-    return f".{how}" if re.match(r"(__|tb_|f_)", how) else how
+        found = global_name(holder, held).replace("'", "")
+    found = found.partition(" of a key")[0]
+    found = re.sub(r"^attribute '(.*)'$", r".\1", found)
+    found = re.sub(r"^local variable '(.*)'$", r"local \1", found)
+    if found == "holds" and issubclass(type(holder), asyncio.Task):
+        found = "its exception"  # in C; gc.get_referents() shows it
+    return f".{found}" if re.match(r"(__|tb_|f_)", found) else found
 
 
 class Search(_Search):
@@ -177,7 +178,7 @@ def draw_chain(target: object) -> Picture:
             for position, each in enumerate(walk):
                 before = walk[position - 1] if position else None
                 after = walk[position + 1] if position + 1 < len(walk) else None
-                if before is not None and _is_dict_of(each, before):
+                if before is not None and is_dict_of(each, before):
                     continue
                 if type(each) is type(after) and type(each).__name__ == "traceback":
                     continue

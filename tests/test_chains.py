@@ -18,9 +18,9 @@ from aiohttp import web
 
 from aiohttp_cyclebreak import probe
 from aiohttp_cyclebreak.chains import Chain, Looking, chains, shortest_chain
+from aiohttp_cyclebreak.frames import COUNTS_ARE_EXACT
 from aiohttp_cyclebreak.leaks import CATALOGUE, Kind, Leak
 from aiohttp_cyclebreak.probe import Floor, measure
-from aiohttp_cyclebreak.sever import COUNTS_ARE_EXACT
 
 from .service import AIOHTTP, run, serve
 

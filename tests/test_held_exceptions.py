@@ -11,7 +11,8 @@ import pytest
 from aiohttp import web
 
 from aiohttp_cyclebreak import cyclebreak, setup
-from aiohttp_cyclebreak.sever import graph, sever
+from aiohttp_cyclebreak.exceptions import graph
+from aiohttp_cyclebreak.sever import sever
 
 from .service import alive, no_collector, run, serve
 

@@ -12,7 +12,8 @@ import pytest
 from aiohttp import web
 
 from aiohttp_cyclebreak import cyclebreak, guard_server, setup
-from aiohttp_cyclebreak.sever import frames_of, sever
+from aiohttp_cyclebreak.exceptions import frames_of
+from aiohttp_cyclebreak.sever import sever
 
 from .service import run, serve, start
 from .test_hostile_clients import new_objects, until

@@ -19,7 +19,7 @@ from aiohttp_cyclebreak import (
     cyclebreak,
     holders,
     setup,
-    sever,
+    tracebacks,
 )
 
 from .naive import NAIVE
@@ -453,7 +453,7 @@ def test_a_worker_that_waits_with_an_instance_keeps_few_requests(
     """
     # It would format all of that each time.
     monkeypatch.setattr(logging.getLogger("aiohttp.server"), "disabled", True)
-    monkeypatch.setattr(sever, "_MOST_OF_EACH", 50)
+    monkeypatch.setattr(tracebacks, "_MOST_OF_EACH", 50)
     instance = Down("one for all")
     texts: List[str] = []
 
@@ -592,7 +592,7 @@ def test_who_has_an_instance_as_the_outcome_of_a_task_finds_its_own_stack(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its request waits outside of all frames of the traceback, while others raise."""
-    monkeypatch.setattr(sever, "_MOST_OF_EACH", 10)
+    monkeypatch.setattr(tracebacks, "_MOST_OF_EACH", 10)
 
     async def markers(guard: Guard) -> List[str]:
         instance = Down("one for all")

@@ -16,14 +16,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from aiohttp_cyclebreak.sever import (
-    frames_of,
-    goes_by_itself,
-    graph,
-    in_flight,
-    leads_on,
-    sever,
-)
+from aiohttp_cyclebreak.exceptions import frames_of, goes_by_itself, graph, leads_on
+from aiohttp_cyclebreak.running import in_flight
+from aiohttp_cyclebreak.sever import sever
 
 from .test_sever import Hostile, Marker
 

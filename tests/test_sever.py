@@ -14,26 +14,29 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 
-from aiohttp_cyclebreak.sever import (
+from aiohttp_cyclebreak.exceptions import (
     _LONGEST_ROW,
     _MOST_GATHERED,
-    COUNTS_ARE_EXACT,
-    Cut,
-    Emptied,
-    _have_threads_gone_on,
-    awaits_in,
-    drop_ended_entries,
     exceptions_in,
     frames_of,
     graph,
-    handled_by,
-    in_flight,
-    is_finished,
     leads_to,
+)
+from aiohttp_cyclebreak.frames import (
+    COUNTS_ARE_EXACT,
+    Emptied,
+    is_finished,
     local_values,
     returns_of,
-    sever,
 )
+from aiohttp_cyclebreak.running import (
+    _have_threads_gone_on,
+    awaits_in,
+    handled_by,
+    in_flight,
+)
+from aiohttp_cyclebreak.sever import Cut, sever
+from aiohttp_cyclebreak.tracebacks import drop_ended_entries
 
 if sys.version_info >= (3, 11):
     from builtins import BaseExceptionGroup, ExceptionGroup
