@@ -24,6 +24,7 @@ import aiohttp
 
 from . import __version__, check
 from .check_process import parse_target
+from .check_requests import UsageError, make_request, read_body, read_requests
 from .leaks import CATALOGUE, Leak, Remedy
 from .options import switched_off
 from .probe import Count, measure, measure_floor, remedy
@@ -557,7 +558,7 @@ def _check(args: argparse.Namespace) -> int:
             _print_check(report)
         if args.plot is not None:
             check.plot(report, args.plot)
-    except check.UsageError as exc:
+    except UsageError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
     except check.CheckFailed as exc:
@@ -574,25 +575,25 @@ def _check(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> check.Plan:
     if switched_off():
-        raise check.UsageError(
+        raise UsageError(
             "AIOHTTP_CYCLEBREAK=off switches the guard off, so there is nothing to "
             "compare: unset it"
         )
     if not os.path.isdir(args.chdir):
-        raise check.UsageError(f"--chdir {args.chdir}: there is no such folder")
+        raise UsageError(f"--chdir {args.chdir}: there is no such folder")
     if args.plot is not None:
         if not args.plot.endswith(".svg"):
-            raise check.UsageError(f"--plot {args.plot}: name it with .svg at the end")
+            raise UsageError(f"--plot {args.plot}: name it with .svg at the end")
         folder = os.path.dirname(args.plot) or "."
         if not os.path.isdir(folder):
-            raise check.UsageError(f"--plot {args.plot}: there is no such folder")
+            raise UsageError(f"--plot {args.plot}: there is no such folder")
         if os.path.isdir(args.plot):
-            raise check.UsageError(f"--plot {args.plot}: that is a folder")
+            raise UsageError(f"--plot {args.plot}: that is a folder")
         written = args.plot if os.path.exists(args.plot) else folder
         if not os.access(written, os.W_OK):
-            raise check.UsageError(f"--plot {args.plot}: {written} cannot be written")
+            raise UsageError(f"--plot {args.plot}: {written} cannot be written")
         if not check.can_plot():
-            raise check.UsageError(
+            raise UsageError(
                 "--plot needs matplotlib: install it, or this package with the extra "
                 "'plot'"
             )
@@ -600,18 +601,18 @@ def _plan(args: argparse.Namespace) -> check.Plan:
     for option in ("data", "abort_after"):
         if getattr(args, option) is not None and not lines:
             name = option.replace("_", "-")
-            raise check.UsageError(f"--{name} is for --request, and there is none")
+            raise UsageError(f"--{name} is for --request, and there is none")
     if not lines and args.from_file is None:
         lines = ["GET /"]
-    body = b"" if args.data is None else check.read_body(args.data)
+    body = b"" if args.data is None else read_body(args.data)
     requests = [
-        check.make_request(line, args.header, body, args.abort_after) for line in lines
+        make_request(line, args.header, body, args.abort_after) for line in lines
     ]
     if args.from_file is not None:
-        headers = check.make_request("GET /", args.header).headers
+        headers = make_request("GET /", args.header).headers
         requests += [
             replace(each, headers=each.headers + headers)
-            for each in check.read_requests(args.from_file)
+            for each in read_requests(args.from_file)
         ]
     return check.Plan(
         target=args.application,

@@ -17,8 +17,15 @@ import pytest
 from aiohttp import web
 
 from aiohttp_cyclebreak import check, check_process, cli
-from aiohttp_cyclebreak.check import CheckFailed, Plan, Request, UsageError
+from aiohttp_cyclebreak.check import CheckFailed, Plan
 from aiohttp_cyclebreak.check_process import NotThere, find, parse_target
+from aiohttp_cyclebreak.check_requests import (
+    Request,
+    UsageError,
+    make_request,
+    read_body,
+    read_requests,
+)
 
 from .service import LOOPS, TIMEOUT, serve
 from .service import run as run_loop
@@ -729,7 +736,7 @@ def test_a_file_of_requests_is_wrong(
     path = tmp_path / "requests.http"
     path.write_text(text)
     with pytest.raises(UsageError, match=told) as caught:
-        check.read_requests(str(path))
+        read_requests(str(path))
     assert str(caught.value).startswith(str(path))
 
 
@@ -742,7 +749,7 @@ def test_a_file_of_requests(tmp_path: pathlib.Path) -> None:
         "### a name\n// why\nPUT /b\n\none\n\ntwo\n\n"
         "###\n# @abort-after 1\nPOST /c\n\n< body\n"
     )
-    assert check.read_requests(str(path)) == [
+    assert read_requests(str(path)) == [
         Request("GET", "/a?b=c", (("Accept", "*/*"), ("X-Empty", ""))),
         Request("PUT", "/b", (), b"one\n\ntwo"),
         Request("POST", "/c", (), b"\0\r\n", 1),
@@ -753,14 +760,14 @@ def test_a_file_with_a_byte_order_mark(tmp_path: pathlib.Path) -> None:
     """As some editors of Windows write it."""
     path = tmp_path / "requests.http"
     path.write_text("GET /a\n", encoding="utf-8-sig")
-    assert check.read_requests(str(path)) == [Request("GET", "/a")]
+    assert read_requests(str(path)) == [Request("GET", "/a")]
 
 
 @POSIX
 def test_a_body_of_any_bytes() -> None:
     """What is no text is sent as the shell has given it."""
-    assert check.read_body(os.fsdecode(b"\xff\0x")) == b"\xff\0x"
-    assert check.read_body("\u00e4") == os.fsencode("\u00e4")
+    assert read_body(os.fsdecode(b"\xff\0x")) == b"\xff\0x"
+    assert read_body("\u00e4") == os.fsencode("\u00e4")
 
 
 def test_any_name_can_be_printed(folder: str) -> None:
@@ -779,7 +786,7 @@ def test_any_name_can_be_printed(folder: str) -> None:
 
 def test_a_request_shows_no_secret() -> None:
     """Neither as text nor in a traceback."""
-    request = check.make_request("GET /a?token=secret", ["X: secret"], b"secret")
+    request = make_request("GET /a?token=secret", ["X: secret"], b"secret")
     assert str(request) == "GET /a?..."
     assert "secret" not in repr(request)
     plan = Plan("m:create_app('secret')", (request,), words=("--secret",))
