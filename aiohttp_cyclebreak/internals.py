@@ -789,6 +789,32 @@ def make_outermost(app: web.Application, middleware: Callable[..., Any]) -> None
         app.middlewares.insert(0, middleware)
 
 
+class _NoMiddleware:
+    """What says at start-up that a function is no middleware."""
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError(self._message)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def refuse_as_middleware(function: Any, message: str) -> None:
+    """Have an application that is given a function as a middleware not start.
+
+    All versions: without this aiohttp takes it for a middleware of the old style, and
+    calls it for each request.  When an application is frozen, the version of each
+    middleware is compared with 1.
+
+    Args:
+        function: what makes middlewares, and is none.
+        message: of the :exc:`TypeError` that is raised then.
+    """
+    function.__middleware_version__ = _NoMiddleware(message)
+
+
 class _GuardedProtocol:
     """What the connections of a guarded server have in common."""
 

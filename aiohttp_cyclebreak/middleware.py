@@ -70,7 +70,8 @@ def cyclebreak(
         A middleware for :attr:`aiohttp.web.Application.middlewares`.
 
     Raises:
-        TypeError: an option is of the wrong type.
+        TypeError: an option is of the wrong type.  An application that has
+            ``cyclebreak`` itself among its middlewares raises it as it starts.
 
     See `aiohttp issue #10548 <https://github.com/aio-libs/aiohttp/issues/10548>`_.
 
@@ -80,6 +81,13 @@ def cyclebreak(
     if is_off(_NOT_GUARDED):
         return _pass_through
     return _make_layer(options)
+
+
+internals.refuse_as_middleware(
+    cyclebreak,
+    "cyclebreak is no middleware, it makes one: add cyclebreak(), with parentheses, to "
+    "the middlewares",
+)
 
 
 def setup(

@@ -139,6 +139,17 @@ def test_setup_twice_is_setup_once() -> None:
     assert list(app.on_startup) == signals
 
 
+def test_what_was_not_called_is_no_middleware() -> None:
+    """It is said when the application starts, not by each request."""
+    app = web.Application(middlewares=[cyclebreak])  # type: ignore[list-item]
+
+    async def main() -> None:
+        with pytest.raises(TypeError, match=r"add cyclebreak\(\), with parentheses"):
+            await web.AppRunner(app).setup()
+
+    run(main())
+
+
 def test_setup_twice_with_other_options_is_an_error() -> None:
     """Or what is to be kept would not be, and nothing would say so."""
 
