@@ -49,7 +49,10 @@ def entries(tagged=True):
 
 
 # Tests of what touches no release of aiohttp, and of what is read and written.
-NO_AIOHTTP = ("tests/test_sever.py", "tests/test_chains.py", "tests/test_cli.py")
+NO_AIOHTTP = (
+    *("tests/test_sever.py", "tests/test_chains.py", "tests/test_naming.py"),
+    "tests/test_cli.py",
+)
 HTTP = (
     *("tests/test_leaks.py", "tests/test_middleware.py", "tests/test_server.py"),
     *("tests/test_hostile_clients.py", "tests/test_release_body.py"),
