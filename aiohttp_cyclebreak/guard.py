@@ -1,503 +1,35 @@
-"""When is it safe? Follows a request to the end of its task.
+"""When is it safe? Not while a request is in flight: here what goes by is noted.
 
-Nothing about an exception changes while its request is in flight: it is noted on
-the way, and severed when the request's own task is done, which is after the
-response, aiohttp's log lines and the access log.  Where nobody but aiohttp can have it,
-it is left to the connection, without a callback: see :mod:`.connections`.
+Nothing about an exception changes before the request's own task is done, which is after
+the response, aiohttp's log lines and the access log: see :mod:`.requests`.  Where only
+aiohttp can have it, it is left to the connection, without a callback: see
+:mod:`.connections`.
 """
 
-import asyncio
 import sys
-from contextvars import Context
-from functools import partial
 from sys import getrefcount
-from typing import Any, Callable, Dict, List, Optional, Type, Union, cast
-from weakref import getweakrefs, ref
+from typing import Any, Callable, Optional
 
-from aiohttp import hdrs, web
+from aiohttp import web
 
 from . import calls, internals
 from .calls import Serving
-from .complaints import ENDS, complain, logger
+from .complaints import complain
 from .connections import (
     Connection,
-    clear_request_frame,
     follow_connection,
     followed_connections,
     keeping_connections,
     settled_connections,
-    unread_has_come,
 )
-from .counts import route_of
-from .exceptions import (
-    attributes_of,
-    detach,
-    frames_of,
-    goes_by_itself,
-    graph,
-    leads_on,
-    leads_to,
-    traceback_of,
-)
-from .frames import COUNTS_ARE_EXACT, Emptied, empty, empty_with_callers, local_values
-from .holders import (
-    MOST_NOTED,
-    Holder,
-    InUse,
-    Watching,
-    leave,
-    look_into,
-    pending,
-    sort_out,
-)
-from .internals import HANDLE_REQUEST, connection_of_response, connection_task
-from .options import BodyReleasedError, BreakEvent, Options
-from .sever import Cut, sever
+from .exceptions import leads_on
+from .frames import COUNTS_ARE_EXACT
+from .holders import pending
+from .internals import connection_of_response, connection_task
+from .options import Options
+from .requests import FOLLOWED, Asked, FollowedRequest
 
 __all__ = ("begin", "follow", "leave_alone", "note", "note_http_exception", "passed")
-
-# Where a request has what follows it, beside its own attributes.
-_FOLLOWED = "_cyclebreak"
-
-# How many references sys.getrefcount() gives for the __dict__ of an object, here the
-# logger, if nobody else has that dict.
-_UNSHARED_DICT = getrefcount(logger.__dict__)
-
-
-def _name(function: Any) -> str:
-    """Say which function it is, without asking it: its repr may fail, or tell."""
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
-
-
-def _end_once_told(
-    owner: "Union[_FollowedRequest, _Asked]", task: "asyncio.Future[Any]"
-) -> None:
-    # No variable may hold the request here: its references are counted further down.
-    if internals.is_awaited(owner.request, task):
-        # A task that was started eagerly calls this before it wakes the connection's
-        # task, which may log the exception then.
-        task.get_loop().call_soon(owner.end, task)
-    else:
-        owner.end(task)
-
-
-class _FollowedRequest(Holder):
-    """A request that is followed to the end of its task."""
-
-    __slots__ = (
-        "request",
-        "options",
-        "are_default",
-        "releases_body",
-        "connection",
-        "calls",
-        "callers",
-        "is_scheduled",
-        "limit",
-        "kept",
-    )
-
-    def __init__(self, request: web.BaseRequest, connection: Connection) -> None:
-        super().__init__()
-        self.request = request
-        self.connection = connection  # aiohttp lets go of request.task before the end
-        self.options: List[Options] = []
-        self.are_default = True  # all of those
-        self.releases_body = False  # one of those
-        self.calls: List[Serving] = []
-        self.callers: Dict[int, ref[asyncio.Task[Any]]] = {}  # whose calls failed
-        self.is_scheduled = False
-        self.limit = MOST_NOTED
-        self.kept = False
-
-    def add_options(self, options: Options) -> None:
-        for each in self.options:
-            if each is options:
-                return
-        self.options.append(options)
-        self.are_default = self.are_default and options.are_default
-        self.releases_body = self.releases_body or options.release_body
-
-    def add_calls(self, serving: Serving) -> None:
-        if serving not in self.calls:
-            self.calls.append(serving)
-        for options in serving.options:
-            self.add_options(options)
-
-    def note_call(self, exc: BaseException, task: "asyncio.Task[Any]") -> None:
-        self.note(exc)
-        self.callers[id(task)] = ref(task)
-        if len(self.exceptions) >= self.limit and not self.is_scheduled:
-            self.is_scheduled = True
-            task.get_loop().call_soon(self.sever_older_ones)
-
-    def sever_older_ones(self) -> None:
-        try:
-            self.is_scheduled = False
-            own = internals.request_task(self.request)
-            if own is None or _FOLLOWED not in self.request.__dict__:
-                return  # it has ended
-            self.callers[id(own)] = ref(own)
-            alive = [found() for found in self.callers.values()]
-            tasks = [task for task in alive if task is not None]
-            self.callers = {id(task): ref(task) for task in tasks}
-            in_use = look_into(tasks, lists=True)
-            older = [
-                exc
-                for exc in self.exceptions[: -MOST_NOTED // 2]
-                if id(exc) not in in_use.exceptions
-            ]
-            self._take_out(older)
-            self.limit = max(MOST_NOTED, 2 * len(self.exceptions))
-            if not self.kept:
-                self._sever(older, Emptied(), in_use)
-        except Exception:
-            complain("severing a request that goes on")
-
-    def done(self, task: "asyncio.Future[Any]") -> None:
-        _end_once_told(self, task)
-
-    def end(self, task: "asyncio.Future[Any]") -> None:
-        try:
-            self.request.__dict__.pop(_FOLLOWED, None)
-            for kept in internals.kept_exceptions(self.request):
-                self.note(kept)
-            for serving in self.calls:
-                serving.over = True
-                for error in serving.errors():
-                    self.note(error)
-            self._let_go()
-            connection = self.connection
-            connection.following -= 1
-            if connection.later:
-                connection.sever_later_ones()
-            if not self.kept:
-                dropped = self._drop(task)
-                if self.exceptions and not dropped:
-                    self._sever(self.exceptions, _emptied_by(connection))
-                self._release(task)
-                if dropped or internals.has_read_body(self.request):
-                    _look_again_soon(self, connection, self.exceptions, dropped, task)
-        except Exception:
-            complain("severing a request")
-        finally:
-            self._let_go()
-            # The traceback of an exception that is left alone may lead here.
-            self.exceptions = []
-            if not self.connection.following:
-                self.connection.emptied = None
-            del self.connection
-
-    def _drop(self, task: "asyncio.Future[Any]") -> bool:
-        """Cut only what aiohttp holds, if nobody else holds anything.
-
-        Then the rest goes by itself, in a fraction of the time that severing takes.
-        """
-        connection = self.connection
-        if len(self.exceptions) != 1 or not self.are_default or not COUNTS_ARE_EXACT:
-            return False
-        # The frames of a websocket's handler are to be looked at.
-        if hdrs.UPGRADE in self.request.headers:
-            return False
-        exc = self.exceptions[0]
-        response = internals.response_of(task)
-        # References: the list, the variable, the argument; for the response also its
-        # variable, the task's result and frame, and perhaps the connection's frame.
-        known = 3
-        if exc is response:
-            known = 6 + connection.holds(exc)
-        if getrefcount(exc) != known or not goes_by_itself(exc):
-            return False
-        # A response that was not raised up to aiohttp's frame was returned.
-        if exc is response:
-            entry = traceback_of(exc)
-            if entry is None or entry.tb_frame.f_code is not HANDLE_REQUEST:
-                return False
-        if any(options.listener for options in self.options):
-            frames = sum(1 for _ in frames_of(exc))
-            self._tell(exc, Cut(exceptions=1, tracebacks=frames, frames=frames))
-        if exc is response:  # the traceback stays: somebody else may have it after all
-            empty_with_callers(next(frames_of(exc)))
-        return True
-
-    def _sever(
-        self,
-        roots: List[BaseException],
-        emptied: Emptied,
-        in_use: "Optional[InUse]" = None,
-    ) -> None:
-        """Sever what nobody needs any more; leave the rest to who has it in hand.
-
-        Args:
-            roots: what this request has noted.
-            emptied: as for :func:`sever`.
-            in_use: what its own tasks need; None: they are done.
-        """
-        sorted_out = sort_out(roots, in_use, self._is_kept)
-        # Who has those in flight has passed no middleware: a background task.
-        if in_use is not None:
-            leave(sorted_out.in_flight, self._clears_frames, sorted_out.kept)
-        else:
-            self.connection.keep_for_later(
-                sorted_out.in_flight, self._clears_frames, sorted_out.kept
-            )
-        for root, own in sorted_out.ready:
-            own += _release_websockets(self.request, own)
-            cut = sever(
-                own,
-                clear_frames=self._clears_frames,
-                spared=sorted_out.spared,
-                emptied=emptied,
-            )
-            self._tell(root, cut)
-
-    @property
-    def _clears_frames(self) -> bool:
-        return all(options.clear_frames for options in self.options)
-
-    def _is_kept(self, exc: BaseException) -> bool:
-        for options in self.options:
-            if options.keep is None:
-                continue
-            try:
-                if options.keep(cast(web.Request, self.request), exc):
-                    return True
-            except ENDS:
-                raise
-            except BaseException:
-                complain(f"keep={_name(options.keep)}")
-                return True  # a leak is better than a traceback lost
-        return False
-
-    def _tell(self, root: BaseException, cut: Cut) -> None:
-        listeners = [each.on_break for each in self.options if each.on_break]
-        listeners += [each.listener for each in self.options if each.listener]
-        if not listeners:
-            return
-        event = BreakEvent(
-            method=self.request.method,
-            route=route_of(self.request),
-            exception=type(root),
-            exceptions=cut.exceptions,
-            tracebacks=cut.tracebacks,
-            frames=cut.frames,
-        )
-        for on_break in listeners:
-            try:
-                on_break(event)
-            except ENDS:
-                raise
-            except BaseException:
-                complain(f"on_break={_name(on_break)}")
-
-    def _release(self, task: "asyncio.Future[Any]") -> None:
-        request = self.request
-        if hdrs.UPGRADE in request.headers:
-            internals.release_websocket(request, internals.response_of(task))
-        if internals.missing_route(request) is not None:
-            internals.forget_missing_route(request)
-        if not request.body_exists:
-            return
-        if self.releases_body and request.content.is_eof():
-            internals.release_body(request, BodyReleasedError)
-        else:
-            late = BodyReleasedError if self.releases_body else web.PayloadAccessError
-            _release_payload(request, self.connection, late)
-
-
-def _emptied_by(connection: Connection) -> Emptied:
-    """What was emptied for requests that end with this one, such as its clones."""
-    if connection.emptied is None:
-        connection.emptied = Emptied()
-    return connection.emptied
-
-
-class _Asked:
-    """A request with so little to follow that its task is only asked once it is done.
-
-    That is what became of an exception that was put off, and a body to let go.  The
-    connection's next request is not waited for: a middleware outside of ours may answer
-    it.  Where an option would have a say in that, the request is followed instead.
-    """
-
-    __slots__ = ("request", "connection")
-
-    def __init__(self, request: web.BaseRequest, connection: Connection) -> None:
-        self.request = request
-        self.connection = connection
-
-    def done(self, task: "asyncio.Future[Any]") -> None:
-        _end_once_told(self, task)
-
-    def end(self, task: "asyncio.Future[Any]") -> None:
-        try:
-            connection = self.connection
-            if connection.asked is self.request:
-                connection.asked = None
-            if connection.following and _FOLLOWED in self.request.__dict__:
-                return  # another layer does all that, and has options of its own
-            if connection.later:
-                connection.sever_later_ones()
-            dropped = None
-            if not internals.kept_exceptions(self.request):
-                dropped = self._drop()
-            if dropped is None:
-                self._follow().end(task)
-                return
-            if self.request.body_exists:
-                _release_payload(self.request, connection)
-            if dropped or internals.has_read_body(self.request):
-                _look_again_soon(self, connection, dropped, True, task)
-        except Exception:
-            complain("letting go of a request")
-
-    def _drop(self) -> Optional[List[BaseException]]:
-        """As :meth:`_FollowedRequest._drop`, of what was put off.
-
-        Returns:
-            The exception that goes by itself now, if there is one; None: there is
-            something to sever.
-        """
-        connection = self.connection
-        exc = connection.put_off
-        if exc is None or connection.raised_by is not self.request:
-            return []
-        # References: the variable, the argument, the attribute, the task's result and
-        # frame; perhaps the connection's frame, if it has no later response yet.
-        known = 5 + connection.holds(exc)
-        if (
-            getrefcount(exc) != known
-            or not goes_by_itself(exc)
-            or not clear_request_frame(exc)  # or it was returned
-            or getrefcount(exc) != known - 1
-        ):
-            return None
-        connection.take_back()
-        return [exc]
-
-    def _follow(self) -> _FollowedRequest:
-        """Follow the request to its end, as others that keep something are."""
-        followed = _FollowedRequest(self.request, self.connection)
-        del self.request  # what is followed counts the references to it
-        self.connection.following += 1
-        exc = self.connection.take_back_of(followed.request)
-        if exc is not None:
-            followed.note(exc)
-        return followed
-
-
-def _release_payload(
-    request: web.BaseRequest,
-    connection: Connection,
-    late: Type[web.PayloadAccessError] = web.PayloadAccessError,
-) -> None:
-    content = request.content
-    if not internals.release_payload(content, late):
-        # The client still sends the body; aiohttp reads on for a while.
-        connection.unread = partial(internals.release_payload, content, late)
-        content.on_eof(partial(unread_has_come, connection.reference))
-
-
-def _look_again_soon(
-    owner: "Union[_FollowedRequest, _Asked]",
-    connection: Connection,
-    exceptions: List[BaseException],
-    are_dropped: bool,
-    task: "asyncio.Future[Any]",
-) -> None:
-    """Look once more when the task is gone, with its context and other callbacks.
-
-    Until then these may have the request, its body and a response that was raised.
-
-    Args:
-        owner: who has the request.
-        connection: the connection of the request.
-        exceptions: what the request has raised.
-        are_dropped: whether these were to go by themselves.
-        task: the task of the request, which is done.
-    """
-    # No variable may hold the request here: its references are counted further down.
-    if not exceptions and _release_read_body(owner, connection, exceptions):
-        return
-    look_again = partial(
-        _look_again, owner, connection, exceptions, are_dropped, ref(task)
-    )
-    task.get_loop().call_soon(look_again, context=Context())
-
-
-def _look_again(
-    owner: "Union[_FollowedRequest, _Asked]",
-    connection: Connection,
-    exceptions: List[BaseException],
-    are_dropped: bool,
-    task: "ref[asyncio.Future[Any]]",
-) -> None:
-    try:
-        if are_dropped:
-            _sever_from_task(connection, exceptions, task())
-        if internals.has_read_body(owner.request):
-            _release_read_body(owner, connection, exceptions)
-    except Exception:
-        complain("looking at a request again")
-
-
-def _sever_from_task(
-    connection: Connection,
-    exceptions: List[BaseException],
-    task: "Optional[asyncio.Future[Any]]",
-) -> None:
-    """Sever a response whose own frames have the task that it is the result of.
-
-    A :class:`asyncio.TaskGroup` has it, for one.
-    """
-    if task is None:
-        return
-    for exc in exceptions:
-        if leads_to(exc, task):
-            connection.sever_shared([exc])
-
-
-def _release_read_body(
-    owner: "Union[_FollowedRequest, _Asked]",
-    connection: Connection,
-    exceptions: List[BaseException],
-) -> bool:
-    """Let go of the body, if nobody but the connection's task has the request.
-
-    Nobody can read it any more then, and an idle connection would keep it until
-    its next request.
-
-    Returns:
-        Whether it has been let go.
-    """
-    try:
-        request = owner.request
-        if not COUNTS_ARE_EXACT:
-            return False
-        for reference in getweakrefs(request):
-            if type(reference) is not Watching:
-                return False
-        for exc in exceptions:
-            # What is left of a response's traceback goes only when the response does.
-            # References: the list, the variable, the argument; the connection's frame.
-            known = 3 + connection.holds(exc)
-            if getrefcount(exc) == known and goes_by_itself(exc):
-                if getweakrefs(exc):
-                    for frame in frames_of(exc):
-                        empty(frame)
-                else:
-                    detach(exc)  # nobody comes to it any more
-        # References: the attribute, the variable, the argument; the connection's frame.
-        known = 3 + connection.holds(request)
-        if (
-            getrefcount(request) == known
-            and getrefcount(request.__dict__) == _UNSHARED_DICT
-        ):
-            internals.release_read_body(request)
-            return True
-    except Exception:
-        complain("releasing a body")
-    return False
 
 
 def begin(request: web.BaseRequest, options: Options) -> None:
@@ -524,11 +56,11 @@ def begin(request: web.BaseRequest, options: Options) -> None:
 
 def follow(
     request: web.BaseRequest, options: Optional[Options]
-) -> Optional[_FollowedRequest]:
+) -> Optional[FollowedRequest]:
     """Follow a request to the end of its task, if it is not followed yet."""
     if not internals.is_request(request):
         return None
-    followed: Optional[_FollowedRequest] = request.__dict__.get(_FOLLOWED)
+    followed: Optional[FollowedRequest] = request.__dict__.get(FOLLOWED)
     if followed is None:
         task = internals.request_task(request)
         if task is None:
@@ -536,7 +68,7 @@ def follow(
         connection = follow_connection(request.task)
         if connection is None:
             return None
-        followed = request.__dict__[_FOLLOWED] = _FollowedRequest(request, connection)
+        followed = request.__dict__[FOLLOWED] = FollowedRequest(request, connection)
         task.add_done_callback(followed.done)
         connection.following += 1
         if connection.put_off is not None:
@@ -664,7 +196,7 @@ def _ask_in_the_end(request: web.BaseRequest, connection: Connection) -> bool:
     if task is None:
         return False
     connection.asked = request
-    task.add_done_callback(_Asked(request, connection).done)
+    task.add_done_callback(Asked(request, connection).done)
     return True
 
 
@@ -743,44 +275,5 @@ def _look_at_calls(request: web.Request, options: Options) -> None:
         note(request, error, options)
     if serving.unread():
         follow(request, options)  # perhaps it is read to be the answer's own body
-    if _FOLLOWED not in request.__dict__:
+    if FOLLOWED not in request.__dict__:
         serving.over = True  # nobody will look when the request ends
-
-
-def _release_websockets(
-    request: web.BaseRequest, exceptions: List[BaseException]
-) -> List[BaseException]:
-    """Release the websocket of a handler that raised, and so did not return it.
-
-    Returns:
-        The exceptions that it kept, but for those by which it was found.
-    """
-    if hdrs.UPGRADE not in request.headers:
-        return []
-    values = [
-        value
-        for exc in exceptions
-        for frame in frames_of(exc)
-        for value in local_values(frame)
-    ]
-    websocket = _websocket_among(request, values)
-    if websocket is None:  # an object of the application's may have it
-        objects = {id(value): value for value in values}.values()
-        attributes = [each for value in objects for each in attributes_of(value)]
-        websocket = _websocket_among(request, attributes)
-    if websocket is None:
-        return []
-    internals.release_websocket(request, websocket)
-    error = internals.error_of_websocket(websocket)
-    below = [] if error is None else graph(error)
-    own = set(map(id, exceptions))
-    return [exc for exc in below if id(exc) not in own]
-
-
-def _websocket_among(
-    request: web.BaseRequest, values: List[Any]
-) -> Optional[web.WebSocketResponse]:
-    for value in values:
-        if internals.is_websocket_of(request, value):
-            return value  # type: ignore[no-any-return]
-    return None

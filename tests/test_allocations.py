@@ -22,7 +22,7 @@ import pytest
 from aiohttp import web
 
 import aiohttp_cyclebreak
-from aiohttp_cyclebreak import connections, cyclebreak, guard, guard_server, setup
+from aiohttp_cyclebreak import connections, cyclebreak, guard_server, requests, setup
 
 from .service import AIOHTTP, Client, Service, no_collector, run, spin
 
@@ -192,7 +192,7 @@ def test_a_successful_request_gets_no_callback(way):
 def test_a_plain_failure_gets_no_callback(way, paths, monkeypatch):
     """Nor does the success after it, nor is it walked through: only aiohttp has it."""
     walked = []
-    monkeypatch.setattr(guard, "sort_out", walked.append)
+    monkeypatch.setattr(requests, "sort_out", walked.append)
     monkeypatch.setattr(connections, "sort_out", walked.append)
     bare = callbacks_of("bare", paths)
     assert callbacks_of(way, paths).of_requests == bare.of_requests
@@ -206,7 +206,11 @@ def test_a_plain_failure_below_another_middleware_gets_one_callback(
 ):
     """That one may swallow it: its end is asked for no more than what became of it."""
     followed = []
-    monkeypatch.setattr(guard, "_FollowedRequest", followed.append)
+
+    def note(self, *args):
+        followed.append(args)
+
+    monkeypatch.setattr(requests.FollowedRequest, "__init__", note)
     monkeypatch.setattr(connections, "sort_out", followed.append)
     bare = callbacks_of("bare", paths).of_requests
     asked = [path == "/fail" for path in islice(cycle(paths), len(bare))]
@@ -227,7 +231,11 @@ def test_a_plain_failure_below_another_middleware_gets_one_callback(
 def test_a_plain_upload_gets_one_callback(way, paths, monkeypatch):
     """Its end is asked for, to let go of the body; nothing else of it is followed."""
     followed = []
-    monkeypatch.setattr(guard, "_FollowedRequest", followed.append)
+
+    def note(self, *args):
+        followed.append(args)
+
+    monkeypatch.setattr(requests.FollowedRequest, "__init__", note)
     monkeypatch.setattr(connections, "sort_out", followed.append)
     bare = callbacks_of("bare", paths).of_requests
     below = ["/fail"] if "below" in way else []
