@@ -450,7 +450,7 @@ def _add_check(commands: Any) -> None:
         default=[],
         metavar="WORD",
         help="for a function that takes a list of words, as those of python -m "
-        "aiohttp.web do; may be repeated",
+        "aiohttp.web do; may be repeated; --arg=-v for a word that begins with a dash",
     )
     parser.add_argument(
         "--chdir",

@@ -547,6 +547,13 @@ def test_the_application_has_its_own_arguments(folder: str) -> None:
             assert response.read() == b"['leaky:create_app', '-x', 'y']"
 
 
+def test_the_words_of_the_page_on_it() -> None:
+    page = pathlib.Path(__file__).parent.parent / "docs" / "check.rst"
+    words = re.findall(r"``(--arg.*)``", page.read_text())
+    args = cli._make_parser().parse_args(["check", "leaky:main", *words[0].split()])
+    assert cli._plan(args).words == ("--verbose", "test")
+
+
 @LINUX
 def test_nobody_else_reaches_the_application(folder: str) -> None:
     """It listens on one address of loopback, and on no other."""
