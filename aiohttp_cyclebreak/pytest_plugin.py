@@ -22,6 +22,7 @@ from typing import (
     Any,
     AsyncIterator,
     Callable,
+    Coroutine,
     Dict,
     Iterable,
     Iterator,
@@ -32,7 +33,7 @@ from typing import (
     Tuple,
     Union,
 )
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import pytest
 
@@ -72,7 +73,7 @@ Classes = Union[type, Tuple[type, ...]]
 Allow = Union[str, Iterable[str], "Callable[[Chain], bool]"]
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure(config: "pytest.Config") -> None:
     """Make the marker known."""
     config.addinivalue_line(
         "markers",
@@ -84,7 +85,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(
-    config: pytest.Config, items: List[pytest.Item]
+    config: "pytest.Config", items: List[pytest.Item]
 ) -> None:
     """Say what is wrong with a marker before anything runs."""
     if hasattr(config, "workerinput"):  # nobody would see it from pytest-xdist's
@@ -111,7 +112,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     from unittest import TestCase
 
     watch = _make_watch(marker.args, marker.kwargs)
-    item.stash[_WATCH] = watch
+    _watches[item] = watch
     case = item.instance
     item.obj = _watched(item.obj, watch)
     if isinstance(case, TestCase):  # it finds a coroutine function by itself
@@ -128,7 +129,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = outcome.get_result()
     if report.when != "call" or not report.passed:
         return
-    watch = item.stash.get(_WATCH, None)
+    watch = _watches.get(item)
     if item.get_closest_marker(_NAME) and not (watch and watch.has_begun):
         report.outcome = "failed"
         report.longrepr = f"{_NAME}: what runs this test does not let it be watched"
@@ -137,7 +138,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Look again when the client and the server of a marked test are closed."""
-    watch = item.stash.get(_WATCH, None)
+    watch = _watches.get(item)
     if watch is not None:
         watch.check(closed=True)
 
@@ -175,7 +176,8 @@ def no_request_cycles() -> "Callable[..., Any]":
     Raises:
         TypeError: what is given is of the wrong type, or not one of these; when it is
             called.
-        ValueError: *requests* is negative, or *allow* names no leak of the catalogue.
+        ValueError: *requests* is negative, *cls* has no class in it, or *allow* names
+            no leak of the catalogue.
 
     .. versionadded:: 0.1.0
     """
@@ -263,6 +265,8 @@ class _Watch:
         for each in cls if isinstance(cls, tuple) else (cls,):
             if cls is not None and not isinstance(each, type):
                 raise TypeError(f"cls={cls!r} is neither a class nor a tuple of them")
+        if isinstance(cls, tuple) and not cls:
+            raise ValueError("cls=() has no class in it: nothing would be looked for")
         if not isinstance(garbage, bool):
             raise TypeError(f"garbage={garbage!r} is neither True nor False")
         self._expected = requests
@@ -411,7 +415,7 @@ class _Watch:
         for alike, members in list(groups.items())[:_SHOWN]:
             lines += ["", f"{_several(map(_route, members))}:", texts[alike]]
         if len(groups) > _SHOWN:
-            lines += ["", f"and {len(groups) - _SHOWN} more chains"]
+            lines += ["", f"and {_number(len(groups) - _SHOWN, 'more chain')}"]
         picture = _draw(blamed[0][1], ignored)
         if picture is not None:
             lines += ["", f"picture: {picture}"]
@@ -437,7 +441,9 @@ def _instances(classes: Iterable[type]) -> List[Any]:
     return [each for each in gc.get_objects() if not wanted.isdisjoint(_mro(each))]
 
 
-_WATCH = pytest.StashKey[_Watch]()
+# Not in item.stash, and pytest.Config is only named in annotations: pytest 6 has
+# neither, and loads this wherever it is installed.
+_watches: "WeakKeyDictionary[pytest.Item, _Watch]" = WeakKeyDictionary()
 
 
 def _nothing() -> None:
@@ -458,7 +464,12 @@ def _itself(each: Any) -> Any:
 def _tolerance(allow: Allow) -> "Callable[[Chain], bool]":
     if callable(allow):
         return allow
-    leaks = {allow} if isinstance(allow, str) else set(allow)
+    try:
+        leaks = {allow} if isinstance(allow, str) else set(allow)
+    except TypeError:
+        raise TypeError(
+            f"allow={allow!r} is neither a leak's id, nor several, nor a function"
+        ) from None
     if leaks:
         from .leaks import CATALOGUE
 
@@ -768,6 +779,7 @@ def soak() -> "Callable[..., Any]":
         A coroutine function.
 
     Raises:
+        TypeError: *call* is no function; when it is awaited.
         ValueError: *times* is less than 240; when it is awaited.
 
     .. versionadded:: 0.1.0
@@ -776,6 +788,13 @@ def soak() -> "Callable[..., Any]":
 
 
 async def _soak(call: Callable[[], Any], times: int = 20 * _SAMPLES) -> None:
+    if not callable(call):
+        if isinstance(call, Coroutine):
+            call.close()  # nobody awaits it, which Python would complain about
+        raise TypeError(
+            f"{call!r} is no function, which could be called again and again: write "
+            "lambda: before it"
+        )
     if type(times) is not int or times < 20 * _SAMPLES:
         raise ValueError(
             f"times={times!r} is not a number of at least {20 * _SAMPLES}: asyncio "
@@ -861,7 +880,8 @@ class _Samples:
         for name in [*first, *others[: 3 * _SHOWN]]:
             lines.append(f"    {growing[name]:10.2f} {name}")
         if len(others) > 3 * _SHOWN:
-            lines.append(f"    and objects of {len(others) - 3 * _SHOWN} more types")
+            more = _number(len(others) - 3 * _SHOWN, "more type")
+            lines.append(f"    and objects of {more}")
         return "\n".join(lines)
 
 

@@ -1,5 +1,8 @@
 """The pytest plugin, in test runs of its own: what fails there, and what it says."""
 
+import gc
+import shutil
+import subprocess
 import sys
 from array import array
 from itertools import accumulate
@@ -11,7 +14,7 @@ from aiohttp import web
 
 from aiohttp_cyclebreak.pytest_plugin import _grows, _soak, _watching
 
-from .service import AIOHTTP, run
+from .service import AIOHTTP, no_collector, run
 
 pytestmark = pytest.mark.processes
 
@@ -202,6 +205,12 @@ async def test_permanent_in_app(client, no_request_cycles):
         await get(client, "/keep_in_app")
 
 
+async def test_four_ways(client, no_request_cycles):
+    async with no_request_cycles(cls=(web.Request, Order)):
+        for path in ("/keep", "/keep_in_app", "/work", "/order"):
+            await get(client, path, 1)
+
+
 async def test_task(client, no_request_cycles):
     async with no_request_cycles():
         await get(client, "/work")
@@ -334,6 +343,7 @@ async def test_soak_objects(client, soak):
         "test_another_allowed": "FAILED",
         "test_permanent": "FAILED",
         "test_permanent_in_app": "FAILED",
+        "test_four_ways": "FAILED",
         "test_task": "FAILED",
         "test_task_allowed": "PASSED",
         "test_logged": "PASSED",
@@ -361,7 +371,9 @@ async def test_soak_objects(client, soak):
     assert "http-exception of the catalogue" in said["test_cycle"]
     assert "local variable 'resp'" in said["test_cycle"]
     assert "3 held for good" in said["test_permanent"]
+    assert "3 x GET /keep:" in said["test_permanent"]
     assert "module app: global 'KEPT'" in said["test_permanent"]
+    assert "and 1 more chain\n" in said["test_four_ways"]
     assert "3 held for good" in said["test_permanent_in_app"]
     assert "Application: attribute '_state'" in said["test_permanent_in_app"]
     assert "3 held by something that is not over" in said["test_task"]
@@ -377,6 +389,7 @@ async def test_soak_objects(client, soak):
     assert "bytes" not in said["test_soak_cycle"]
     assert "aiohttp.web_request.Request" in said["test_soak_permanent"]
     assert "bytes" in said["test_soak_permanent"]
+    assert "module app: global 'KEPT'" in said["test_soak_permanent"]
     assert "1.00 app.Order" in said["test_soak_objects"]
     if late:
         assert "10548" in said["test_marked_close"]
@@ -399,7 +412,8 @@ def assert_pictures(text: str) -> None:
     """Where objgraph is there, a picture is made and its path printed."""
     pytest.importorskip("objgraph")
     path = Path(text.partition("picture: ")[2].split("\n")[0])
-    assert path.stat().st_size > 0
+    begin = "<svg" if shutil.which("dot") else "digraph"
+    assert begin in path.read_text()
 
 
 REAL = """
@@ -786,8 +800,10 @@ def test_example(pytester: pytest.Pytester) -> None:
 WRONG = {
     "requests=-1": "requests=-1 is not a number of requests",
     "cls='Order'": "cls='Order' is neither a class nor a tuple of them",
+    "cls=()": "cls=() has no class in it",
     "garbage=1": "garbage=1 is neither True nor False",
     "allow='no-such-leak'": "the catalogue knows no no-such-leak, only",
+    "allow=5": "allow=5 is neither a leak's id, nor several, nor a function",
     "request=50": "unexpected keyword argument 'request'",
     "50": "it takes keyword arguments only",
 }
@@ -846,6 +862,14 @@ def test_a_soak_is_too_short() -> None:
         run(_soak(lambda: None, times=100))
 
 
+def test_a_soak_calls_a_function() -> None:
+    async def upload() -> None:
+        pass
+
+    with pytest.raises(TypeError, match="is no function.*: write lambda: before it"):
+        run(_soak(upload()))  # type: ignore[arg-type]
+
+
 def test_costs_nothing_unless_it_is_used(pytester: pytest.Pytester) -> None:
     """A suite that does not use it does not import aiohttp."""
     pytester.makepyfile(
@@ -860,6 +884,42 @@ def test_it(request):
     )
     result = pytester.runpytest_subprocess("-q", "-p", "no:aiohttp", "-p", "no:asyncio")
     result.assert_outcomes(passed=1)
+
+
+def test_an_old_pytest_loads_it() -> None:
+    """It would end each run of pytest where it is installed, if it could not be."""
+    code = (
+        "import pytest; del pytest.Config, pytest.StashKey; "  # pytest 6 has neither
+        "import aiohttp_cyclebreak.pytest_plugin"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class NoReferences:
+    """Of which there are no weak references."""
+
+    __slots__ = ("itself",)
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_was_there_before_is_not_blamed() -> None:
+    """And a collector that was off stays off."""
+    old = NoReferences()
+
+    async def main(new: bool) -> None:
+        async with _watching(requests=0, cls=NoReferences):
+            if new:
+                NoReferences()
+
+    with no_collector():
+        run(main(False))
+        assert not gc.isenabled()
+        with pytest.raises(pytest.fail.Exception, match="1 object left behind"):
+            run(main(True))
+        assert not gc.isenabled()
+    assert old.itself is old
 
 
 def test_nobody_else_patches_requests() -> None:
