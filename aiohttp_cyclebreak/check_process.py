@@ -24,6 +24,7 @@ import traceback
 from asyncio.trsock import TransportSocket
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from types import CodeType, MethodType
 from typing import (
     Any,
@@ -483,7 +484,8 @@ async def _serve(
 def _pipes() -> Iterator[Tuple[TextIO, TextIO]]:
     """Keep the standard input and output to ourselves.
 
-    What the application prints goes to its standard error, and it has nothing to read.
+    What the application prints goes to its standard error, line by line, since this
+    process may be ended by force; and it has nothing to read.
     """
     with contextlib.ExitStack() as stack:
         commands = stack.enter_context(os.fdopen(os.dup(0), "r", encoding="utf-8"))
@@ -492,6 +494,8 @@ def _pipes() -> Iterator[Tuple[TextIO, TextIO]]:
         os.dup2(nothing, 0)
         os.close(nothing)
         os.dup2(2, 1)
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)
         yield commands, answers
 
 

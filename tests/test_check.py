@@ -42,7 +42,7 @@ LINUX = pytest.mark.skipif(
 )
 
 APPLICATION = """
-import asyncio, gc, os, sys, time
+import asyncio, atexit, gc, os, sys, time
 
 from aiohttp import web
 
@@ -100,7 +100,8 @@ async def stream(request):
 
 
 async def die(request):
-    print("secret" * 10_000 + 100 * "\\n" + "about to die", flush=True)
+    print("secret" * 10_000 + 100 * "\\n")
+    print("about to die")
     os._exit(3)
 
 
@@ -204,10 +205,12 @@ def fails_at_start():
 
 def leaves():
     print("usage: one argument more")
+    atexit.register(time.sleep, 3600)  # nothing is flushed before it is killed
     sys.exit("wrong usage")
 
 
 def hangs():
+    print("connecting")
     time.sleep(3600)
 
 
@@ -221,8 +224,9 @@ web.run_app(create_later("script"))
 
 
 @pytest.fixture
-def folder(tmp_path: pathlib.Path) -> str:
-    """A folder with applications in it."""
+def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder with applications in it, which print as they do without a terminal."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     (tmp_path / "leaky.py").write_text(APPLICATION)
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "needy.py").write_text("import leaky, there_is_no_such_library")
@@ -626,7 +630,11 @@ LOST = "LookupError: there is no database"
         ("leaky:fails_later", [LOST, "in fails_later"], "await leaky:fails_later()"),
         ("leaky:fails_at_start", [LOST, "in fail_to_start"], "on_startup"),
         ("leaky:leaves", ["wrong usage", "usage: one argument more"], "leaky:leaves()"),
-        ("leaky:hangs", ["in hangs", "did not start in 1 s"], "call leaky:hangs()"),
+        (
+            "leaky:hangs",
+            ["connecting", "in hangs", "did not start in 1 s"],
+            "call leaky:hangs()",
+        ),
     ],
 )
 def test_an_application_does_not_start(
