@@ -12,7 +12,8 @@ from typing import Dict, List
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak.pytest_plugin import _grows, _soak, _watching
+from aiohttp_cyclebreak.growth import grows
+from aiohttp_cyclebreak.pytest_plugin import _soak, _watching
 
 from .service import AIOHTTP, no_collector, run
 
@@ -137,9 +138,9 @@ def test_run(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         CLIENT
         + """
-import aiohttp_cyclebreak.pytest_plugin
+import aiohttp_cyclebreak.left_behind
 
-aiohttp_cyclebreak.pytest_plugin._TIMEOUT = 0.2  # for test_never
+aiohttp_cyclebreak.left_behind._TIMEOUT = 0.2  # for test_never
 
 
 async def test_clean(client, no_request_cycles):
@@ -834,7 +835,7 @@ def test_wrong_options_in_parallel(pytester: pytest.Pytester, options: str) -> N
     text = result.stdout.str()
     assert "::test_it: no_request_cycles: " in text
     assert WRONG[options] in text
-    assert "_Watch" not in text
+    assert "Watch" not in text
     assert "pytest_plugin.py" not in text
 
 
@@ -929,7 +930,7 @@ def test_nobody_else_patches_requests() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "grows"),
+    ("steps", "expected"),
     [
         ([400] * 11, True),
         ([400, 300, 500, 900, 300, 400, 500, 300, 600, 400, 300], True),
@@ -938,6 +939,6 @@ def test_nobody_else_patches_requests() -> None:
         ([100, 350, 50, 100, 50, 350, 100, 50, 2100, 350, 6350], False),
     ],
 )
-def test_what_is_made_once_is_no_growth(steps: List[int], grows: bool) -> None:
+def test_what_is_made_once_is_no_growth(steps: List[int], expected: bool) -> None:
     series = array("q", accumulate([15000, *steps]))
-    assert _grows(series) is grows
+    assert grows(series) is expected
