@@ -25,7 +25,9 @@ def break_cycles(handler: _Decorated) -> _Decorated:
     It does for this route what :func:`cyclebreak` does for all, with the default
     options; what the application's middlewares raise is not seen.  Below the
     middleware it changes nothing, unless :func:`keep_cycles` is around it: of the
-    two, the one nearer to the code counts.
+    two, the one nearer to the code counts.  Write it below the decorator of an
+    :class:`aiohttp.web.RouteTableDef`: that registers what it is given, and knows
+    nothing of what is around it.
 
     Args:
         handler: a coroutine function that is given the request, a
@@ -45,6 +47,8 @@ def break_cycles(handler: _Decorated) -> _Decorated:
 
 def keep_cycles(handler: _Decorated) -> _Decorated:
     """Leave the exceptions of one route exactly as they are, under the middleware.
+
+    It stands where :func:`break_cycles` would.
 
     Args:
         handler: as for :func:`break_cycles`.
@@ -107,7 +111,7 @@ def _decorate(name: str, handler: _Decorated, around: _Around) -> _Decorated:
 def _wrap_function(handler: Callable[..., Any], around: _Around) -> Any:
     @functools.wraps(handler)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        request = _find_request(args)
+        request = _find_request(args, kwargs)
         if request is None:
             return await handler(*args, **kwargs)
         return await around(request, functools.partial(handler, *args, **kwargs))
@@ -115,12 +119,16 @@ def _wrap_function(handler: Callable[..., Any], around: _Around) -> Any:
     return wrapper
 
 
-def _find_request(args: Any) -> Optional[web.Request]:
+def _find_request(args: Any, kwargs: Any) -> Optional[web.Request]:
     # A function is given the request, a View's method the View, and a method of
     # any other object that object first.
     for arg in args[:2]:
         if isinstance(arg, AbstractView):
             return arg.request
+        if isinstance(arg, web.BaseRequest):
+            return arg  # type: ignore[return-value]
+    # aiohttp gives it by position, a decorator around this one perhaps by its name.
+    for arg in kwargs.values():
         if isinstance(arg, web.BaseRequest):
             return arg  # type: ignore[return-value]
     return None

@@ -39,6 +39,15 @@ async def refuse_for(name: str, request: web.Request) -> web.Response:
     raise web.HTTPBadRequest(text=name)
 
 
+def by_name(handler: Any) -> Any:
+    """As a decorator around ours may call it."""
+
+    async def call(request: web.Request) -> web.StreamResponse:
+        return await handler(request=request)  # type: ignore[no-any-return]
+
+    return call
+
+
 def targets(decorate: Any) -> Dict[str, Any]:
     """The same refusal, decorated in every way there is."""
 
@@ -67,6 +76,7 @@ def targets(decorate: Any) -> Dict[str, Any]:
         "method of an object": WithHandler().refuse,
         "bound method": decorate(Handlers().refuse),
         "partial": decorate(functools.partial(refuse_for, "no")),
+        "request by name": by_name(decorate(refuse)),
     }
 
 
@@ -97,12 +107,13 @@ def test_break_cycles_needs_no_middleware(target: str) -> None:
     assert run(requests_left(web.Application(), targets(break_cycles)[target])) == 0
 
 
+@pytest.mark.parametrize("is_told", [False, True])
 @pytest.mark.parametrize("target", TARGETS)
-def test_keep_cycles_opts_out_under_the_middleware(target: str) -> None:
+def test_keep_cycles_opts_out_under_the_middleware(target: str, is_told: bool) -> None:
     """The route's exceptions are left as they are: its requests wait again."""
     app = web.Application()
-    setup(app)
     events: List[BreakEvent] = []
+    setup(app, on_break=events.append if is_told else None)
     assert run(requests_left(app, targets(keep_cycles)[target])) == 5
     assert events == []
 
