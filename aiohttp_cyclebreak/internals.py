@@ -72,7 +72,6 @@ __all__ = (
     "request_task",
     "response_of",
     "route_of",
-    "run_middlewares",
     "subapps",
 )
 
@@ -968,14 +967,6 @@ class _Messages(Deque[Any]):
         super().append(message)
         if isinstance(message[0], web_protocol._ErrInfo):
             self._refused(self._task(), message[0].exc)
-
-
-def run_middlewares(app: web.Application) -> None:
-    """Let an application run middlewares that it was started without.
-
-    aiohttp: ``Application._run_middlewares``, 3.8 to 3.14.
-    """
-    app._run_middlewares = True
 
 
 def error_of_call(made_with: Any) -> Optional[BaseException]:

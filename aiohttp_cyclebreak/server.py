@@ -148,4 +148,3 @@ def _guard_inside(app: web.Application) -> None:
         return
     for each in (app, *internals.subapps(app)):
         internals.make_innermost(each, guarded_middleware)
-    internals.run_middlewares(app)
