@@ -6,7 +6,7 @@ from typing import Any, List
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import setup
+from aiohttp_cyclebreak import BreakEvent, setup
 
 from .service import AIOHTTP, alive, go_away, no_collector, run, serve, spin
 from .test_next_request import (
@@ -40,6 +40,47 @@ def test_what_handlers_raise_that_get_no_request(api: str, left: int) -> None:
 
     assert run(left_by(add, "/refuse/1", 400, lambda app: None)) == 3
     assert run(left_by(add, "/refuse/1", 400, GUARDS[api])) == left
+
+
+def test_what_a_task_has_in_hand_is_severed_without_an_event() -> None:
+    """It goes when the connection does, and that is all."""
+    events: List[BreakEvent] = []
+
+    async def main() -> List[int]:
+        go_on = asyncio.Event()
+
+        async def handle(failures: List[Exception]) -> None:
+            try:
+                raise failures.pop()
+            except ValueError:
+                await go_on.wait()
+
+        async def fail(request: web.Request) -> web.Response:
+            try:
+                raise ValueError
+            except ValueError as exc:
+                tasks.append(asyncio.ensure_future(handle([exc])))
+                await asyncio.sleep(0)
+                raise exc  # not of an earlier traceback, as a bare one before 3.11
+
+        tasks: List[Any] = []
+        app = web.Application()
+        app.router.add_get("/", fail)
+        setup(app, on_break=events.append)
+        async with serve(app) as service:
+            with no_collector():
+                client = await service.connect()
+                await client.get("/")
+                assert (await client.answer())[0] == 500
+                held = len(alive())
+                go_on.set()
+                await tasks.pop()
+                client.close()
+                await service.settle()
+                return [held, len(alive())]
+
+    assert run(main()) == [1, 0]
+    assert events == []
 
 
 def test_the_last_request_before_those_that_reach_no_middleware() -> None:
