@@ -86,6 +86,19 @@ async def switch_on(request):
     return web.Response()
 
 
+async def allocate(request):
+    assert [[] for _ in range(10_000)]
+    return web.Response()
+
+
+async def hang_up(request):
+    response = web.Response()
+    await response.prepare(request)
+    await response.write_eof()
+    request.transport.close()
+    return response
+
+
 async def drop(request):
     request.transport.abort()
     return web.Response()
@@ -144,8 +157,8 @@ def create_app(*args, **named):
     app["told"] = f"{args} {named}"
     app.router.add_post("/upload", upload)
     app.router.add_post("/receive", receive)
-    handlers = move, hold, cycle, collect, switch_on, drop, stream, die
-    for handler in (*handlers, visit, count, argv, told):
+    handlers = move, hold, cycle, collect, switch_on, allocate, drop, stream, die
+    for handler in (*handlers, hang_up, visit, count, argv, told):
         app.router.add_get(f"/{handler.__name__}", handler)
     return app
 
@@ -153,6 +166,11 @@ def create_app(*args, **named):
 async def create_later(name="nobody"):
     await asyncio.sleep(0)
     return create_app(name)
+
+
+def without_collector():
+    gc.disable()
+    return create_app()
 
 
 def create_runner():
@@ -388,13 +406,44 @@ def test_other_garbage_counts_if_asked_for(folder: str) -> None:
     assert dataclasses.replace(report, plan=plan).is_clean
 
 
-def test_full_collections_are_counted(folder: str) -> None:
-    """In the second run, which has the collector on."""
-    plan = Plan("leaky:app", (Request("GET", "/collect"),), (), folder, 10)
+def test_the_growth_is_that_of_one_request() -> None:
+    assert check._slope([(0.0, 0, 1000), (0.1, 10, 3000), (0.2, 20, 5000)]) == 200
+    assert check._slope([]) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "runs"), [("leaky:app", True), ("leaky:without_collector", False)]
+)
+def test_the_collector_is_as_the_application_has_it(
+    target: str, runs: bool, folder: str
+) -> None:
+    """But only in the second run, in which nothing is counted that it may free."""
+    plan = Plan(target, (Request("GET", "/allocate"),), (), folder, 10)
     report = check.run(plan)
     for run in (report.bare, report.guarded):
+        assert (sum(run.collections) > 0, run.own_collections) == (runs, 0)
+
+
+def test_full_collections_are_counted(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the application has run itself in the second run are among them."""
+    ends = []
+    ask = check._Process.ask
+
+    def listen(process: check._Process, do: str, **arguments: Any) -> Any:
+        answer = ask(process, do, **arguments)
+        if do == "end" and arguments["collector"]:
+            ends.append(answer)
+        return answer
+
+    monkeypatch.setattr(check._Process, "ask", listen)
+    plan = Plan("leaky:app", (Request("GET", "/collect"),), (), folder, 10)
+    report = check.run(plan)
+    for run, end in zip((report.bare, report.guarded), ends):
         assert run.full_collections >= 10
         assert run.collector_seconds > 0
+        assert run.cpu == end["cpu"] / 10
 
 
 @pytest.mark.parametrize(
@@ -530,6 +579,16 @@ def test_as_many_clients_as_are_asked_for(
     )
     report = check.run(plan)
     assert report.bare.answers == report.guarded.answers == [answers]
+
+
+def test_a_server_that_hangs_up_is_called_again(folder: str) -> None:
+    """It need not say so in its answer, and no request is lost."""
+    plan = Plan(
+        *("leaky:app", (Request("GET", "/hang_up"),), (), folder, 5), keep_alive=True
+    )
+    report = check.run(plan)
+    for run in (report.bare, report.guarded):
+        assert (run.answers, run.served) == ([{"200": 5}], 5)
 
 
 def test_the_client_vanishes_after_so_many_bytes(folder: str) -> None:
@@ -768,6 +827,18 @@ def test_a_file_of_requests(tmp_path: pathlib.Path) -> None:
         Request("GET", "/a?b=c", (("Accept", "*/*"), ("X-Empty", ""))),
         Request("PUT", "/b", (), b"one\n\ntwo"),
         Request("POST", "/c", (), b"\0\r\n", 1),
+    ]
+
+
+def test_a_header_of_all_requests(tmp_path: pathlib.Path) -> None:
+    """Those of a file have it beside their own."""
+    path = tmp_path / "some.http"
+    path.write_text("GET /told\nX-Own: one\n")
+    arguments = ["--request=/told", f"--from-file={path}", "--header=X-Other: two"]
+    args = cli._make_parser().parse_args(["check", "leaky:app", *arguments])
+    assert [each.headers for each in cli._plan(args).requests] == [
+        (("X-Other", "two"),),
+        (("X-Own", "one"), ("X-Other", "two")),
     ]
 
 
