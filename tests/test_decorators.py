@@ -203,6 +203,12 @@ def test_the_switch_leaves_handlers_as_they_are(
     """AIOHTTP_CYCLEBREAK=off: nothing is wrapped, wrong use still fails."""
     monkeypatch.setenv("AIOHTTP_CYCLEBREAK", "off")
     assert decorate(refuse) is refuse
+
+    @decorate
+    class View(Refuse):
+        pass
+
+    assert View.__await__ is Refuse.__await__
     with pytest.raises(TypeError):
         decorate(plain)
 

@@ -188,6 +188,16 @@ async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
 
 
 @web.middleware
+async def swallow_from_a_task(request: web.Request, handler: Any) -> web.StreamResponse:
+    error = None
+    try:
+        return await asyncio.ensure_future(handler(request))
+    except Exception as exc:
+        error = exc
+    return web.Response(text=str(error), status=500)
+
+
+@web.middleware
 async def reject(request: web.Request, handler: Any) -> web.StreamResponse:
     raise web.HTTPForbidden()
 
@@ -209,6 +219,9 @@ def nested(app: web.Application, sub: web.Application) -> web.Application:
 
 WITH_SETUP: Dict[str, Callable[[], web.Application]] = {
     "swallowed by an inner middleware": lambda: _set_up(swallowing(application())),
+    "swallowed around a task of its own": lambda: _first(
+        _set_up(application()), swallow_from_a_task
+    ),
     "swallowed by one added later": lambda: swallowing(_set_up(application())),
     "raised by an outer middleware": lambda: _set_up(rejecting(application())),
     "raised by one inserted later": lambda: _first(_set_up(application()), reject),
@@ -254,6 +267,8 @@ def test_setup_misses_nothing_between_its_ends(case: str) -> None:
 def test_the_same_applications_leak_without_setup() -> None:
     """Or the test above would say nothing."""
     assert run(requests_left(swallowing(application()), *["/item/a"] * 5)) == 5
+    app = _first(application(), swallow_from_a_task)
+    assert run(requests_left(app, *["/item/a"] * 5)) == 5
     app = nested(web.Application(), swallowing(application()))
     assert run(requests_left(app, *["/sub/item/a"] * 5)) == 5
     assert run(requests_left(rejecting(application()), *["/item/a"] * 5)) == 5

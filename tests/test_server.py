@@ -42,6 +42,16 @@ async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
     return web.Response(text=str(error), status=500)
 
 
+@web.middleware
+async def swallow_from_a_task(request: web.Request, handler: Any) -> web.StreamResponse:
+    error = None
+    try:
+        return await asyncio.ensure_future(handler(request))
+    except web.HTTPException as exc:
+        error = exc
+    return web.Response(text=str(error), status=500)
+
+
 def application(*middlewares: Any) -> web.Application:
     app = web.Application(middlewares=middlewares)
     app.router.add_get("/", refuse)
@@ -67,7 +77,7 @@ async def requests_left(runner: Any, guarded: bool, *paths: str, **options: Any)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("middlewares", [(), (swallow,)])
+@pytest.mark.parametrize("middlewares", [(), (swallow,), (swallow_from_a_task,)])
 def test_it_needs_no_middleware(middlewares: Any, loop: str) -> None:
     """Also where the application swallows what its handlers raise."""
     paths = ["/", "/sub/", "/missing"] * 3
