@@ -39,6 +39,7 @@ from aiohttp_cyclebreak import (
     calls,
     client_cyclebreak,
     cyclebreak,
+    guard_server,
     keep_cycles,
     setup,
 )
@@ -77,6 +78,7 @@ async def gateway(
     *,
     guarded: bool = True,
     install: Callable[[web.Application], Any] = setup,
+    guard: Callable[[web.AppRunner], Any] = lambda runner: None,
     **options: Any,
 ) -> AsyncIterator[Fixture]:
     traces = [client_cyclebreak()] if guarded else []
@@ -94,7 +96,7 @@ async def gateway(
     try:
         async with aiohttp.ClientSession(
             trace_configs=traces, **options
-        ) as session, serve(app) as service:
+        ) as session, serve(app, guard) as service:
             yield Fixture(service, session)
     finally:
         upstream.stop()
@@ -777,7 +779,7 @@ def test_a_failure_that_several_requests_share(loop: str) -> None:
     assert_stopped(main, loop)
 
 
-@pytest.mark.parametrize("install", ["keep", "keep_cycles", "off"])
+@pytest.mark.parametrize("install", ["keep", "below", "keep_cycles", "off"])
 def test_what_is_to_be_kept_is_kept(
     install: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -796,9 +798,17 @@ def test_what_is_to_be_kept_is_kept(
     if install == "off":
         monkeypatch.setenv("AIOHTTP_CYCLEBREAK", "off")
 
+    def keep(request: web.Request, exc: BaseException) -> bool:
+        return True
+
     async def main() -> None:
         def set_up(app: web.Application) -> None:
-            setup(app, keep=(lambda request, exc: True) if install == "keep" else None)
+            if install != "below":
+                setup(app, keep=keep if install == "keep" else None)
+
+        def guard(runner: web.AppRunner) -> None:
+            if install == "below":
+                guard_server(runner, keep=keep)
 
         async with gateway(
             keep_cycles(_with_request(handler))
@@ -806,6 +816,7 @@ def test_what_is_to_be_kept_is_kept(
             else handler,
             Upstream((HALF,)),
             install=set_up,
+            guard=guard,
         ) as fixture:
             await fixture.ask()
 
