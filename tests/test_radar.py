@@ -9,6 +9,7 @@ import math
 import sys
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Set
 
 import pytest
@@ -579,6 +580,46 @@ def test_a_search_that_would_take_too_long_is_not_made(
     assert len(messages) == 1
     assert said in messages[0]
     assert "/in_a_list/{secret}: 1, " in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "said"),
+    [
+        ({"budget": 700, "max_pause": 1e6}, 3, "longer than 700 ms, the budget"),
+        ({"budget": 1e6, "max_pause": 100}, 1, "about 200 ms, and max_pause is 100"),
+    ],
+)
+def test_a_search_is_given_up_when_its_time_is_over(
+    options: Dict[str, float], steps: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of all its steps together, or that of one, as long as the step before."""
+    taken: List[float] = []
+    clock = SimpleNamespace(
+        monotonic=time.monotonic, perf_counter=lambda: 0.2 * len(taken)
+    )
+    monkeypatch.setattr("aiohttp_cyclebreak.radar.time", clock)
+
+    def step(looking: Any) -> bool:
+        taken.append(0.2)
+        return len(taken) < 10
+
+    monkeypatch.setattr(chains.Looking, "step", step)
+
+    async def main() -> None:
+        leaks = Leaks()
+        app = application(
+            leaks.in_a_list, options=dataclasses.replace(BY_HAND, **options)
+        )
+        async with serve(app) as service:
+            await service.ask("/in_a_list/x")
+            await closed(service)
+            await look(app)
+            await look(app, 31.0)
+
+    with logged() as messages:
+        run(main())
+    assert len(taken) == steps
+    assert said in messages[0]
 
 
 def test_a_search_that_fails_takes_no_report_away(
