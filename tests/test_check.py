@@ -341,6 +341,10 @@ def test_memory_grows_by_the_bodies(folder: str) -> None:
     assert report.guarded.growth < len(body) / 4
     sent = [each[1] for each in report.bare.memory]
     assert (sent[0], sent[-1], sent == sorted(sent)) == (0, 60, True)
+    if check.can_plot():
+        check.plot(report, f"{folder}/growth.svg")
+        drawn = pathlib.Path(folder, "growth.svg").read_text()
+        assert max(map(float, re.findall(r">([\d.]+)</text>", drawn))) > 5  # MiB
 
 
 def test_what_holds_a_request_is_shown(folder: str) -> None:
@@ -361,6 +365,10 @@ def test_what_holds_a_request_is_shown(folder: str) -> None:
     assert rows["requests left"][-2:] == ["12", "LEFT"]
     # What is held keeps the last request of its connection, where nothing is severed.
     assert rows["after a collection"][-1] == "12"
+    assert float(rows["traceback"][1]) > 0
+    assert all(float(each) > 0 for each in rows["CPU, ms a request"][-2:])
+    if sys.platform.startswith("linux"):
+        assert re.search(r"^memory, KiB a request +[-+][\d.]+ +[-+][\d.]+$", out, re.M)
     assert "  GET /hold?...: 200\n  GET /missing: 404\n" in out
     assert "guarded, held for good:" in out
     assert "global 'held'" in out
@@ -462,6 +470,8 @@ def test_it_shows_nothing(path: str, told: str, folder: str) -> None:
     assert (code, err) == (1, "")
     rows = {line[:20].strip(): line.split() for line in out.splitlines()}
     assert rows["requests left"][-2:] == ["0", "?"]
+    if path == "/collect":
+        assert all(int(each) >= 10 for each in rows["full collections"][-2:])
     assert "This shows nothing: " in out.splitlines()[-1]
     assert told in out.splitlines()[-1]
 
@@ -615,6 +625,26 @@ def test_the_words_of_the_page_on_it() -> None:
     words = re.findall(r"``(--arg.*)``", page.read_text())
     args = cli._make_parser().parse_args(["check", "leaky:main", *words[0].split()])
     assert cli._plan(args).words == ("--verbose", "test")
+
+
+def test_each_option_is_heeded(folder: str) -> None:
+    arguments = [
+        *("leaky:main", "--arg=word", f"--chdir={folder}", "--request=POST /a"),
+        *("--data=body", "--header=X-Own: one", "--abort-after=2", "--requests=7"),
+        *("--concurrency=3", "--keep-alive", "--timeout=9", "--own-guard", "--garbage"),
+    ]
+    assert cli._plan(cli._make_parser().parse_args(["check", *arguments])) == Plan(
+        target="leaky:main",
+        requests=(Request("POST", "/a", (("X-Own", "one"),), b"body", 2),),
+        words=("word",),
+        chdir=folder,
+        repetitions=7,
+        concurrency=3,
+        keep_alive=True,
+        timeout=9.0,
+        own_guard=True,
+        garbage=True,
+    )
 
 
 @LINUX

@@ -237,6 +237,20 @@ def test_what_was_counted_is_not_counted_again() -> None:
         assert scrape(registry) == shown(number, 10.0 * number)
 
 
+def test_failures_are_those_of_the_process() -> None:
+    """Each application tells of all of them, and they are counted once."""
+    registry = CollectorRegistry()
+    apps = [web.Application(), web.Application()]
+    for app in apps:
+        setup(app, radar=Radar())
+        export(app, registry=registry)
+    for number in (2, 3):
+        for app in apps:
+            tell(app, number)
+    found = scrape(registry)
+    assert (found["errors_total{}"], found["frames_cut_total{}"]) == (3, 6)
+
+
 def write_as_a_worker(number: int) -> None:
     """In a process of its own, which the client has looked for at its import."""
     app = web.Application()
