@@ -71,6 +71,7 @@ __all__ = (
     "release_websocket",
     "request_task",
     "response_of",
+    "resume_reading",
     "route_of",
     "subapps",
 )
@@ -586,6 +587,22 @@ def release_body(request: web.BaseRequest, error: Type[BaseException]) -> None:
     if hasattr(request.content, "_buffer"):
         request.content._buffer = deque()
     release_read_body(request)
+
+
+# From 3.11.11 on a body that has come whole lets its connection read on (#10169).
+_STAYS_PAUSED = _VERSION < (3, 11, 11)
+
+
+def resume_reading(request: web.BaseRequest) -> None:
+    """Let a connection read on that was paused for a body which has come whole.
+
+    Unless somebody reads that, it would neither read the next request nor see that its
+    client has gone, until it has been idle for aiohttp's ``keepalive_timeout``.
+
+    aiohttp: ``BaseProtocol.resume_reading()``, 3.8 to 3.11.10.
+    """
+    if _STAYS_PAUSED and request.content.is_eof():
+        request.protocol.resume_reading()
 
 
 def has_read_body(request: web.BaseRequest) -> bool:

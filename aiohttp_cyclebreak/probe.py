@@ -34,6 +34,7 @@ __all__ = (
     "Count",
     "Floor",
     "collect_garbage",
+    "lasts",
     "measure",
     "measure_floor",
     "remedy",
@@ -54,8 +55,8 @@ class Count:
     Attributes:
         connections: how many connections there were.
         requests: how many requests were served.
-        left: requests still alive, the cyclic garbage collector being off; where
-            connections stay open, those that still have a body.
+        left: requests still alive, the cyclic garbage collector being off; of a
+            leak that is live, those that have a body and are in no cycle.
         permanent: those of them that a collection did not free.
         garbage: objects that only a collection freed, above asyncio's own.
     """
@@ -279,6 +280,11 @@ async def _settle(busy: Callable[[], Any], tasks: "set[asyncio.Task[Any]]") -> N
     await spin()
 
 
+def lasts(steps: Steps) -> bool:
+    """Whether a connection may last until everything is counted."""
+    return Step.STAY in steps or Step.LEAVE in steps
+
+
 async def spin() -> None:
     """Let the loop do what it has been given, and what that gives it."""
     for _ in range(10):
@@ -357,13 +363,17 @@ async def measure(
             for _ in range(times):
                 for steps in leak.visits:
                     await client.pay(steps)
-                    if Step.STAY in steps:
+                    if lasts(steps):
                         await spin()
                     else:
                         await _settle(busy, tasks)
 
         async def end() -> None:
             client.leave()
+            await spin()
+            if any(Step.LEAVE in steps for steps in leak.visits):
+                for connection in server.connections:
+                    connection.force_close()
             await _settle(busy, tasks)
 
         try:
@@ -375,10 +385,11 @@ async def measure(
                 alive = len(requests_alive())
                 await visit(visits)
                 left = len(requests_alive()) - alive
+                garbage = _collect()
                 if leak.kind is Kind.LIVE:
                     left = sum(body_size(each) > 0 for each in requests_alive())
                     await end()
-                garbage = _collect()
+                    garbage += _collect()
                 # What was collected may have put its finalizers into the loop.
                 await _settle(busy, tasks)
                 gc.collect()

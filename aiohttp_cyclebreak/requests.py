@@ -281,6 +281,7 @@ class FollowedRequest(Holder):
             internals.forget_missing_route(request)
         if not request.body_exists:
             return
+        internals.resume_reading(request)
         if self.releases_body and request.content.is_eof():
             internals.release_body(request, BodyReleasedError)
         else:
@@ -328,6 +329,7 @@ class Asked:
                 self._follow().end(task)
                 return
             if self.request.body_exists:
+                internals.resume_reading(self.request)
                 _release_payload(self.request, connection)
             if dropped or internals.has_read_body(self.request):
                 _look_again_soon(self, connection, dropped, True, task)

@@ -29,7 +29,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from aiohttp_cyclebreak import probe
 from aiohttp_cyclebreak.chains import _Search
-from aiohttp_cyclebreak.leaks import CATALOGUE, Kind, Leak, Step
+from aiohttp_cyclebreak.leaks import CATALOGUE, Kind, Leak
 from aiohttp_cyclebreak.naming import described, global_name, how_held, is_dict_of
 
 AIOHTTP = tuple(int(part) for part in re.findall(r"\d+", aiohttp.__version__)[:3])
@@ -242,7 +242,7 @@ async def run(
         if leak.id.partition("/")[0] not in KEEPS_CONNECTION:
             steps = [close(step) for step in steps]
         await client.pay(steps)
-        await (probe.spin() if Step.STAY in steps else probe._settle(busy, tasks))
+        await (probe.spin() if probe.lasts(steps) else probe._settle(busy, tasks))
 
     try:
         await visit()  # fills the caches

@@ -687,3 +687,57 @@ def test_a_body_that_comes_after_the_answer_and_is_read_too_late(uploads: int) -
         pytest.skip("each body has an error of its own")
     assert run(read_too_late(uploads, GUARDS["bare"])) >= uploads
     shared.__traceback__ = None
+
+
+async def look_away(request: web.Request) -> web.Response:
+    return web.Response()
+
+
+async def refuse_it(request: web.Request) -> web.Response:
+    raise web.HTTPRequestEntityTooLarge(max_size=1, actual_size=2)
+
+
+async def read_a_little(request: web.Request) -> web.Response:
+    await request.content.read(4)
+    raise web.HTTPBadRequest
+
+
+LETS_GO_ON: Dict[str, Install] = {**GUARDS, **INSTALL}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("handle", [look_away, refuse_it, read_a_little])
+@pytest.mark.parametrize("guard", LETS_GO_ON)
+def test_a_body_that_nobody_reads_does_not_stop_a_connection(
+    guard: str, handle: Any, loop: str
+) -> None:
+    """It reads the next request, and sees its client go away (aiohttp #10169)."""
+
+    async def main() -> bool:
+        async def handler(request: web.Request) -> web.StreamResponse:
+            while not request.content.is_eof():
+                await asyncio.sleep(0)
+            return await handle(request)  # type: ignore[no-any-return]
+
+        app = application(handler)
+        app.router.add_get("/", look_away)
+        LETS_GO_ON[guard](app)
+        guard_runner = guard_server if guard == "server" else id
+        async with serve(app, guard_runner) as service:
+            client = await service.connect()
+            await client.post("/", bytes(2**17 + 1))  # reading stops at the last byte
+            await client.answer()
+            await spin()
+            server: Any = service.runner.server
+            (connection,) = server.connections
+            goes_on: bool = connection.transport.is_reading()
+            if goes_on:
+                await client.get()
+                assert (await client.answer())[0] == 200
+            else:
+                connection.force_close()
+            client.close()
+            await service.settle()
+            return goes_on
+
+    assert run(main(), loop) is (guard != "bare" or AIOHTTP >= (3, 11, 11))

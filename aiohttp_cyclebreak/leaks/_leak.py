@@ -49,6 +49,7 @@ class Step(enum.Enum):
     UNREAD = "wait until the server waits for the client to read"
     RESET = "reset the connection"
     STAY = "leave the connection open and idle, until everything is counted"
+    LEAVE = "close the connection, which the server may not notice until then"
 
 
 Visit = Tuple[Union[bytes, Step], ...]
