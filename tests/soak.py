@@ -222,7 +222,7 @@ def grown(samples: List[Sample]) -> List[str]:
         if number:
             wrong.append(f"{number} of {name} are left")
     if any(last.containers[:-1]):
-        wrong.append(f"entries are left in guard's containers: {last.containers}")
+        wrong.append(f"entries are left in the library's containers: {last.containers}")
     if complaints._complaints:
         wrong.append(f"it complained: {complaints._complaints}")
     # The first tenth fills caches.  What grows with the requests grows nine times as
