@@ -83,7 +83,9 @@ class Watch:
         garbage: bool = False,
         allow: Allow = (),
     ) -> None:
-        if type(requests) is not int or requests < 0:
+        if type(requests) is not int:
+            raise TypeError(f"requests={requests!r} is no int, a number of requests")
+        if requests < 0:
             raise ValueError(f"requests={requests!r} is not a number of requests")
         for each in cls if isinstance(cls, tuple) else (cls,):
             if cls is not None and not isinstance(each, type):

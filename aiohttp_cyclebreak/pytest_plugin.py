@@ -280,7 +280,7 @@ def soak() -> "Callable[..., Any]":
         A coroutine function.
 
     Raises:
-        TypeError: *call* is no function; when it is awaited.
+        TypeError: *call* is no function, or *times* no number; when it is awaited.
         ValueError: *times* is less than 240; when it is awaited.
 
     .. versionadded:: 0.1.0
@@ -296,7 +296,9 @@ async def _soak(call: Callable[[], Any], times: int = 20 * SAMPLES) -> None:
             f"{call!r} is no function, which could be called again and again: write "
             "lambda: before it"
         )
-    if type(times) is not int or times < 20 * SAMPLES:
+    if type(times) is not int:
+        raise TypeError(f"times={times!r} is no int, a number of calls")
+    if times < 20 * SAMPLES:
         raise ValueError(
             f"times={times!r} is not a number of at least {20 * SAMPLES}: asyncio "
             "drops timers that were cancelled by the hundred, which looks like growth"

@@ -799,6 +799,7 @@ def test_example(pytester: pytest.Pytester) -> None:
 
 
 WRONG = {
+    "requests='5'": "requests='5' is no int",
     "requests=-1": "requests=-1 is not a number of requests",
     "cls='Order'": "cls='Order' is neither a class nor a tuple of them",
     "cls=()": "cls=() has no class in it",
@@ -855,12 +856,14 @@ def test_wrong_options_of_a_block(options: str) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         eval(f"watching({options})", {"watching": _watching})
     assert WRONG[options] in str(caught.value)
-    assert "_Watch" not in str(caught.value)
+    assert "Watch" not in str(caught.value)
 
 
 def test_a_soak_is_too_short() -> None:
     with pytest.raises(ValueError, match="at least 240"):
         run(_soak(lambda: None, times=100))
+    with pytest.raises(TypeError, match="'240' is no int"):
+        run(_soak(lambda: None, times="240"))  # type: ignore[arg-type]
 
 
 def test_a_soak_calls_a_function() -> None:
