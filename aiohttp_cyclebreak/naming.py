@@ -1,4 +1,4 @@
-"""What is an object called, and how it holds another? Never by a value."""
+"""What is an object called, and how does it hold another? Never told by a value."""
 
 import gc
 import inspect

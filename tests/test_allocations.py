@@ -199,12 +199,7 @@ def test_a_plain_failure_gets_no_callback(way, paths, monkeypatch):
     assert not walked
 
 
-@pytest.mark.parametrize("way", BELOW)
-@pytest.mark.parametrize("paths", [["/fail"], ["/fail", "/"]], ids=" ".join)
-def test_a_plain_failure_below_another_middleware_gets_one_callback(
-    way, paths, monkeypatch
-):
-    """That one may swallow it: its end is asked for no more than what became of it."""
+def note_what_is_followed(monkeypatch):
     followed = []
 
     def note(self, *args):
@@ -212,6 +207,16 @@ def test_a_plain_failure_below_another_middleware_gets_one_callback(
 
     monkeypatch.setattr(requests.FollowedRequest, "__init__", note)
     monkeypatch.setattr(connections, "sort_out", followed.append)
+    return followed
+
+
+@pytest.mark.parametrize("way", BELOW)
+@pytest.mark.parametrize("paths", [["/fail"], ["/fail", "/"]], ids=" ".join)
+def test_a_plain_failure_below_another_middleware_gets_one_callback(
+    way, paths, monkeypatch
+):
+    """That one may swallow it: its end is asked for no more than what became of it."""
+    followed = note_what_is_followed(monkeypatch)
     bare = callbacks_of("bare", paths).of_requests
     asked = [path == "/fail" for path in islice(cycle(paths), len(bare))]
     found = callbacks_of(way, paths).of_requests
@@ -230,13 +235,7 @@ def test_a_plain_failure_below_another_middleware_gets_one_callback(
 )
 def test_a_plain_upload_gets_one_callback(way, paths, monkeypatch):
     """Its end is asked for, to let go of the body; nothing else of it is followed."""
-    followed = []
-
-    def note(self, *args):
-        followed.append(args)
-
-    monkeypatch.setattr(requests.FollowedRequest, "__init__", note)
-    monkeypatch.setattr(connections, "sort_out", followed.append)
+    followed = note_what_is_followed(monkeypatch)
     bare = callbacks_of("bare", paths).of_requests
     below = ["/fail"] if "below" in way else []
     asked = [path in ("POST /", "POST /fail", *below) for path in paths]

@@ -621,6 +621,7 @@ def test_the_application_has_its_own_arguments(folder: str) -> None:
 
 
 def test_the_words_of_the_page_on_it() -> None:
+    """As they are printed there."""
     page = pathlib.Path(__file__).parent.parent / "docs" / "check.rst"
     words = re.findall(r"``(--arg.*)``", page.read_text())
     args = cli._make_parser().parse_args(["check", "leaky:main", *words[0].split()])
@@ -628,6 +629,7 @@ def test_the_words_of_the_page_on_it() -> None:
 
 
 def test_each_option_is_heeded(folder: str) -> None:
+    """None of the command line is lost on its way to the plan."""
     arguments = [
         *("leaky:main", "--arg=word", f"--chdir={folder}", "--request=POST /a"),
         *("--data=body", "--header=X-Own: one", "--abort-after=2", "--requests=7"),

@@ -852,6 +852,27 @@ def test_an_inner_layer_is_asked_what_to_keep() -> None:
     assert "url" in frames[1].f_locals
 
 
+def test_a_proxy_that_breaks_off_leaves_a_protocol_and_no_request() -> None:
+    """Of the client, which is in a circle with its parser, where no exception is."""
+
+    async def handler(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> web.Response:
+        try:
+            async with session.get("https://127.0.0.1:1/", proxy=url):
+                raise AssertionError
+        except aiohttp.ClientError as exc:
+            return web.Response(status=502, text=type(exc).__name__)
+
+    async def main(guarded: bool) -> Dict[str, int]:
+        taken = Upstream((b"HTTP/1.1 200 OK\r\n\r\n",))  # then it closes
+        async with gateway(handler, taken, guarded=guarded) as fixture:
+            return await count_left(fixture)
+
+    assert run(main(False))["ResponseHandler"] == 8
+    assert run(main(True)) == {**NOTHING, "ResponseHandler": 4}
+
+
 def _with_request(handler: Call) -> Call:
     async def with_request(
         request: web.Request, session: aiohttp.ClientSession, url: str

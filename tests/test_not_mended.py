@@ -178,3 +178,32 @@ def test_a_client_that_goes_away_while_a_large_response_is_sent() -> None:
             return len(alive()) - before
 
     assert run(main(lambda app: None)) == run(main(setup)) == 3
+
+
+def test_a_client_that_goes_away_while_aiohttp_waits_for_its_body() -> None:
+    """For the rest of it, after a refusal: for ``lingering_time``."""
+
+    async def refuse(request: web.Request) -> web.Response:
+        return web.Response(status=413)
+
+    async def main(guard: Any) -> int:
+        app = web.Application()
+        app.router.add_post("/", refuse)
+        guard(app)
+        with no_collector():
+            async with serve(app, lingering_time=3600) as service:
+                client = await service.connect()
+                head = (
+                    b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\n\r\n"
+                )
+                await client.send(head + b"half")
+                assert (await client.answer())[0] == 413
+                client.reset()
+                server: Any = service.runner.server
+                while any(each.transport for each in server.connections):
+                    await asyncio.sleep(0)
+                await spin()
+                return len(alive())
+
+    expected = int(AIOHTTP >= (3, 8, 2))
+    assert run(main(lambda app: None)) == run(main(setup)) == expected

@@ -552,17 +552,8 @@ def test_a_request_is_reported_once() -> None:
         run(main())
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"max_pause": 1e-6}, "and max_pause is 1e-06"),
-        ({"budget": 1e-6}, "longer than 1e-06 ms, the budget"),
-    ],
-)
-def test_a_search_that_would_take_too_long_is_not_made(
-    options: Dict[str, float], said: str
-) -> None:
-    """The report says so, and has its numbers all the same."""
+def reports(**options: float) -> List[str]:
+    """What a radar with these options says of one request that is left."""
 
     async def main() -> None:
         leaks = Leaks()
@@ -577,6 +568,21 @@ def test_a_search_that_would_take_too_long_is_not_made(
 
     with logged() as messages:
         run(main())
+    return messages
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_pause": 1e-6}, "and max_pause is 1e-06"),
+        ({"budget": 1e-6}, "longer than 1e-06 ms, the budget"),
+    ],
+)
+def test_a_search_that_would_take_too_long_is_not_made(
+    options: Dict[str, float], said: str
+) -> None:
+    """The report says so, and has its numbers all the same."""
+    messages = reports(**options)
     assert len(messages) == 1
     assert said in messages[0]
     assert "/in_a_list/{secret}: 1, " in messages[0]
@@ -605,19 +611,7 @@ def test_a_search_is_given_up_when_its_time_is_over(
 
     monkeypatch.setattr(chains.Looking, "step", step)
 
-    async def main() -> None:
-        leaks = Leaks()
-        app = application(
-            leaks.in_a_list, options=dataclasses.replace(BY_HAND, **options)
-        )
-        async with serve(app) as service:
-            await service.ask("/in_a_list/x")
-            await closed(service)
-            await look(app)
-            await look(app, 31.0)
-
-    with logged() as messages:
-        run(main())
+    messages = reports(**options)
     assert len(taken) == steps
     assert said in messages[0]
 
