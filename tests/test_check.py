@@ -26,6 +26,7 @@ from aiohttp_cyclebreak.check_requests import (
     read_body,
     read_requests,
 )
+from aiohttp_cyclebreak.cli_check import make_plan
 
 from .service import LOOPS, TIMEOUT, serve
 from .service import run as run_loop
@@ -624,8 +625,8 @@ def test_the_words_of_the_page_on_it() -> None:
     """As they are printed there."""
     page = pathlib.Path(__file__).parent.parent / "docs" / "check.rst"
     words = re.findall(r"``(--arg.*)``", page.read_text())
-    args = cli._make_parser().parse_args(["check", "leaky:main", *words[0].split()])
-    assert cli._plan(args).words == ("--verbose", "test")
+    args = cli.make_parser().parse_args(["check", "leaky:main", *words[0].split()])
+    assert make_plan(args).words == ("--verbose", "test")
 
 
 def test_each_option_is_heeded(folder: str) -> None:
@@ -635,7 +636,7 @@ def test_each_option_is_heeded(folder: str) -> None:
         *("--data=body", "--header=X-Own: one", "--abort-after=2", "--requests=7"),
         *("--concurrency=3", "--keep-alive", "--timeout=9", "--own-guard", "--garbage"),
     ]
-    assert cli._plan(cli._make_parser().parse_args(["check", *arguments])) == Plan(
+    assert make_plan(cli.make_parser().parse_args(["check", *arguments])) == Plan(
         target="leaky:main",
         requests=(Request("POST", "/a", (("X-Own", "one"),), b"body", 2),),
         words=("word",),
@@ -867,8 +868,8 @@ def test_a_header_of_all_requests(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "some.http"
     path.write_text("GET /told\nX-Own: one\n")
     arguments = ["--request=/told", f"--from-file={path}", "--header=X-Other: two"]
-    args = cli._make_parser().parse_args(["check", "leaky:app", *arguments])
-    assert [each.headers for each in cli._plan(args).requests] == [
+    args = cli.make_parser().parse_args(["check", "leaky:app", *arguments])
+    assert [each.headers for each in make_plan(args).requests] == [
         (("X-Other", "two"),),
         (("X-Own", "one"), ("X-Other", "two")),
     ]

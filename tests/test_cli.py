@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import __version__, cli
+from aiohttp_cyclebreak import __version__, cli, cli_verify
 from aiohttp_cyclebreak.leaks import CATALOGUE
 from aiohttp_cyclebreak.probe import measure
 
@@ -233,7 +233,7 @@ def test_something_is_left(
     """A guard that does not work is exit 1, and the leaks are named."""
     monkeypatch.delenv("AIOHTTP_CYCLEBREAK", raising=False)
     no_remedy = {"guard": lambda app: app.middlewares.append(no_guard)}
-    monkeypatch.setattr(cli, "remedy", lambda leak: no_remedy)
+    monkeypatch.setattr(cli_verify, "remedy", lambda leak: no_remedy)
     args = ["verify", "--requests", "2", "--leak", "singleton"]
     assert cli.main(args) == 1
     out, _ = capsys.readouterr()
@@ -260,7 +260,7 @@ def test_a_leak_cannot_be_run(
         return await measure(leak, *args, **options)
 
     monkeypatch.delenv("AIOHTTP_CYCLEBREAK", raising=False)
-    monkeypatch.setattr(cli, "measure", fail)
+    monkeypatch.setattr(cli_verify, "measure", fail)
     args = ["verify", "--requests", "2", "--leak", "no-route"]
     assert cli.main(args) == 1
     out, _ = capsys.readouterr()
