@@ -325,11 +325,18 @@ def targets(results: Dict[str, Any]) -> str:
     limits: Dict[str, str] = {}
 
     def put(
-        on: Dict[str, Any], what: str, limit: float, value: float, form: str
+        on: Dict[str, Any],
+        what: str,
+        limit: float,
+        value: float,
+        form: str,
+        turns: Sequence[float] = (),  # the lowest and the highest
     ) -> None:
         cell = f"{value:{form}}"
         if value > limit:
             cell = f"**{cell}**"
+        if turns:
+            cell += " ({} to {})".format(*(f"{each:{form}}" for each in turns))
         column = f"{on['aiohttp']}, CPython {on['python']}"
         measured.setdefault(what, {})[column] = cell
         limits[what] = f"{limit:g}"
@@ -377,7 +384,9 @@ def targets(results: Dict[str, Any]) -> str:
                 value = result["full_collections"]
                 put(on, f"{where}: full collections", 0, value, ".0f")
                 value = result["p99.9_more_ms"]
-                put(on, f"{where}: p99.9, ms more than bare", 0, value, "+.1f")
+                turns = result.get("p99.9_more_ms_range", ())
+                what = f"{where}: p99.9, ms more than bare"
+                put(on, what, 0, value, "+.1f", turns)
     columns = list(dict.fromkeys(key for cells in measured.values() for key in cells))
     rows = [
         [what, limits[what], *(cells.get(column, "") for column in columns)]
