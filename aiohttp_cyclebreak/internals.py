@@ -801,7 +801,8 @@ def has_middlewares(app: web.Application, *but: Callable[..., Any]) -> bool:
 def make_outermost(app: web.Application, middleware: Callable[..., Any]) -> None:
     """Make a middleware the outermost of an application that is not frozen yet."""
     if not app.middlewares.frozen:
-        app.middlewares.remove(middleware)
+        if middleware in app.middlewares:  # it may have been emptied meanwhile
+            app.middlewares.remove(middleware)
         app.middlewares.insert(0, middleware)
 
 

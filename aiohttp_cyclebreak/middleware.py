@@ -106,7 +106,7 @@ def setup(
     The outermost end misses nothing that a middleware raises, the innermost ends
     nothing that one swallows: the application's own, and that of each of its
     sub-applications.  What is added to the application later, up to its start, is
-    between the ends as well.  Called twice for one application, it does nothing the
+    between the ends as well, and an end that was taken off is put back.  Called twice for one application, it does nothing the
     second time, be it with the same options or without any.
 
     Args:
@@ -167,7 +167,8 @@ def setup(
     app.middlewares.append(innermost)
 
     async def reach_the_ends(app: web.Application) -> None:
-        # Only now is it known what came after setup().
+        # Only now is it known what came after setup(), and what was taken off.
+        internals.make_outermost(app, outermost)
         if not internals.has_middlewares(app, outermost, innermost):
             # Nobody swallows what it would see.
             if innermost in app.middlewares and not app.middlewares.frozen:
@@ -175,7 +176,6 @@ def setup(
             return
         for each in (app, *internals.subapps(app)):
             internals.make_innermost(each, innermost)
-        internals.make_outermost(app, outermost)
 
     on_startup: Any = app.on_startup  # aiohttp 3.10 declares its functions wrongly
     on_startup.append(reach_the_ends)

@@ -241,11 +241,20 @@ WITH_SETUP: Dict[str, Callable[[], web.Application]] = {
     "set up in the sub-application": lambda: nested(
         web.Application(), _set_up(swallowing(application()))
     ),
+    "raised after the list was emptied": lambda: _emptied(_set_up(application())),
+    "swallowed after the list was emptied": lambda: swallowing(
+        _emptied(_set_up(application()))
+    ),
 }
 
 
 def _set_up(app: web.Application) -> web.Application:
     setup(app)
+    return app
+
+
+def _emptied(app: web.Application) -> web.Application:
+    app.middlewares.clear()
     return app
 
 
