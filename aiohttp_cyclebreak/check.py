@@ -252,10 +252,13 @@ def _left(run: Run) -> str:
     if not run.left:
         return "none is left"
     parts = []
-    if run.left > run.held:
-        parts.append(f"{run.left - run.held} wait for the garbage collector")
+    delayed = run.left - run.held
+    if delayed > 0:
+        wait = "waits" if delayed == 1 else "wait"
+        parts.append(f"{delayed} {wait} for the garbage collector")
     if run.held:
-        parts.append(f"{run.held} are held by a live reference")
+        are = "is" if run.held == 1 else "are"
+        parts.append(f"{run.held} {are} held by a live reference")
     return " and ".join(parts)
 
 

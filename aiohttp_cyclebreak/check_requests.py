@@ -114,6 +114,9 @@ def make_request(
 
 
 _ABORT = re.compile(r"(?:#|//)\s*@abort-after\s+(\d+)")
+# A file with variables, an answer to compare with, a script, a variable: no editor
+# sends such a line as it stands.
+_NOT_SENT = re.compile(r"<@|<> |> ?\{%|.*\{\{.*\}\}")
 
 
 def read_requests(path: str) -> List[Request]:
@@ -122,9 +125,9 @@ def read_requests(path: str) -> List[Request]:
     That is the format of the HTTP clients of VS Code and of JetBrains' editors:
     requests are parted by lines that begin with ``###``; each is a line ``METHOD
     PATH``, its headers, an empty line and its body, or ``< FILE`` for one from a
-    file beside it.  ``#`` and ``//`` begin a comment above the request line;
-    ``# @abort-after BYTES`` there says that the client vanishes.  Variables are not
-    supported.
+    file beside it.  ``#`` and ``//`` begin a comment above the body;
+    ``# @abort-after BYTES`` there says that the client vanishes.  Variables and
+    scripts are not supported.
 
     Raises:
         UsageError: the file cannot be read, or a request in it is wrong; the message
@@ -152,24 +155,37 @@ def read_requests(path: str) -> List[Request]:
 
 def _read_block(path: str, begin: int, block: List[str]) -> Optional[Request]:
     abort_after = None
+    head: List[str] = []  # the request line, and the headers
     lines = iter(enumerate(block, begin))
     for number, line in lines:
         line = line.strip()
-        match = _ABORT.fullmatch(line)
-        if match is not None:
-            abort_after = int(match[1])
-        elif line.startswith("@") or "{{" in line:
+        if head and not line:
+            break
+        if line.startswith("@") or "{{" in line:
             raise UsageError(f"{path}, line {number}: variables are not supported")
-        elif line and not line.startswith(("#", "//")):
-            break
-    else:
+        if line.startswith(("#", "//")):
+            if "@abort-after" in line:
+                match = _ABORT.fullmatch(line)
+                if match is None:
+                    raise UsageError(
+                        f"{path}, line {number}: it is # @abort-after BYTES, such as "
+                        "# @abort-after 10000"
+                    )
+                abort_after = int(match[1])
+        elif line:
+            if not head:
+                begin = number
+            head.append(line)
+    if not head:
         return None
-    headers = []
-    for _, header in lines:
-        if not header.strip():
-            break
-        headers.append(header.strip())
-    rest = [body_line for _, body_line in lines]
+    rest = []
+    for number, line in lines:
+        if _NOT_SENT.match(line):
+            raise UsageError(
+                f"{path}, line {number}: variables and scripts are not supported; what "
+                "is to be sent as it stands goes into a file of its own, < FILE"
+            )
+        rest.append(line)
     while rest and not rest[-1].strip():
         rest.pop()
     try:
@@ -178,9 +194,9 @@ def _read_block(path: str, begin: int, block: List[str]) -> Optional[Request]:
             body = read_body(f"@{beside}")
         else:
             body = "\n".join(rest).encode()
-        return make_request(line, headers, body, abort_after)
+        return make_request(head[0], head[1:], body, abort_after)
     except UsageError as exc:
-        raise UsageError(f"{path}, line {number}: {exc}") from None
+        raise UsageError(f"{path}, line {begin}: {exc}") from None
 
 
 def read_body(text: str) -> bytes:

@@ -490,6 +490,9 @@ def test_nothing_is_served(folder: str) -> None:
     left = dataclasses.replace(served, left=1, own_collections=1)
     report = dataclasses.replace(report, guarded=left)
     assert (report.is_clean, report.doubt) == (False, "")
+    assert "guarded, 1 waits for the garbage collector" in report.sentence
+    report = dataclasses.replace(report, guarded=dataclasses.replace(left, held=1))
+    assert "guarded, 1 is held by a live reference" in report.sentence
 
 
 def test_a_lasting_task_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -834,6 +837,11 @@ def test_wrong_usage(
         ("GET /\n###\n\nGET http://example.com/\n", "line 4: .* names a host"),
         ("POST /\nno header\n", "line 1: header 1 is not"),
         ("POST /\n\n< missing", "line 1: the body cannot be read"),
+        ("GET /\nX-Token: {{token}}\n", "line 2: variables are not supported"),
+        ("POST /\n\n[\n{{item}}]", "line 4: variables .* < FILE"),
+        ("POST /\n\n<@ body", "line 3: variables .* < FILE"),
+        ("GET /\n\n> {% client.log() %}", "line 3: .* scripts .* < FILE"),
+        ("# @abort-after=1\nPOST /\n\nbody", "line 1: .* # @abort-after BYTES"),
     ],
 )
 def test_a_file_of_requests_is_wrong(
@@ -855,11 +863,13 @@ def test_a_file_of_requests(tmp_path: pathlib.Path) -> None:
         "GET /a?b=c HTTP/1.1\nAccept: */*\nX-Empty:\n\n\n"
         "### a name\n// why\nPUT /b\n\none\n\ntwo\n\n"
         "###\n# @abort-after 1\nPOST /c\n\n< body\n"
+        "###\nPOST /d\nX-A: 1\n# why\n# @abort-after 2\nX-B: 2\n\n# {{}\n"
     )
     assert read_requests(str(path)) == [
         Request("GET", "/a?b=c", (("Accept", "*/*"), ("X-Empty", ""))),
         Request("PUT", "/b", (), b"one\n\ntwo"),
         Request("POST", "/c", (), b"\0\r\n", 1),
+        Request("POST", "/d", (("X-A", "1"), ("X-B", "2")), b"# {{}", 2),
     ]
 
 
