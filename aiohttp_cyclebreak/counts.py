@@ -43,8 +43,8 @@ class Stats:
             with all it leads to, by route and type.
         exceptions: how many exceptions that makes, causes, contexts and members of
             groups included.
-        frames: how many frames were cleared of their locals.  Where nobody else holds
-            an exception, its frames go by themselves, and are not counted.
+        frames: how many frames were cleared of their locals, or went with an exception
+            that nobody else held.
         reports: how often the radar has reported.
         errors: how often something failed in this library, or in a *keep* or
             *on_break*, in the whole process.  Each is logged the first time.
