@@ -12,7 +12,7 @@ import re
 import sys
 from collections import deque
 from functools import partial
-from types import CodeType, FrameType, MethodType
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any, Callable, Deque, Iterator, List, Optional, Tuple, Type, cast
 from weakref import WeakMethod, WeakValueDictionary, ref
 
@@ -42,6 +42,7 @@ __all__ = (
     "error_of_websocket",
     "follow_websockets",
     "forget_missing_route",
+    "functions_among_middlewares",
     "guard_connections",
     "guard_options",
     "has_gone_on",
@@ -772,8 +773,7 @@ def make_innermost(app: web.Application, middleware: Callable[..., Any]) -> None
     """
     middlewares = app.middlewares
     if not middlewares.frozen:
-        if middleware in middlewares:
-            middlewares.remove(middleware)
+        take_off(app, middleware)
         middlewares.append(middleware)
         return
     handlers: Optional[Tuple[Any, ...]] = getattr(app, "_middlewares_handlers", None)
@@ -791,8 +791,9 @@ def has_middlewares(app: web.Application, *but: Callable[..., Any]) -> bool:
 
     aiohttp: as :func:`subapps`.
     """
+    ours = set(map(id, but))
     return any(
-        middleware not in but
+        id(middleware) not in ours
         for each in (app, *subapps(app))
         for middleware in each.middlewares
     )
@@ -801,9 +802,24 @@ def has_middlewares(app: web.Application, *but: Callable[..., Any]) -> bool:
 def make_outermost(app: web.Application, middleware: Callable[..., Any]) -> None:
     """Make a middleware the outermost of an application that is not frozen yet."""
     if not app.middlewares.frozen:
-        if middleware in app.middlewares:  # it may have been emptied meanwhile
-            app.middlewares.remove(middleware)
+        take_off(app, middleware)
         app.middlewares.insert(0, middleware)
+
+
+def take_off(app: web.Application, middleware: Callable[..., Any]) -> None:
+    """Take a middleware off an application that is not frozen yet, if it has it.
+
+    Others are any objects, which may compare as they like.
+    """
+    for index, each in enumerate(app.middlewares):
+        if each is middleware:
+            del app.middlewares[index]
+            return
+
+
+def functions_among_middlewares(app: web.Application) -> Iterator[Callable[..., Any]]:
+    """The middlewares that are functions, as ours are: others may have no hash."""
+    return (each for each in app.middlewares if type(each) is FunctionType)
 
 
 class _NoMiddleware:

@@ -106,8 +106,9 @@ def setup(
     The outermost end misses nothing that a middleware raises, the innermost ends
     nothing that one swallows: the application's own, and that of each of its
     sub-applications.  What is added to the application later, up to its start, is
-    between the ends as well, and an end that was taken off is put back.  Called twice for one application, it does nothing the
-    second time, be it with the same options or without any.
+    between the ends as well, and an end that was taken off is put back.  Called twice
+    for one application, it does nothing the second time, be it with the same options or
+    without any.
 
     Args:
         app: the application, not started yet.
@@ -137,7 +138,7 @@ def setup(
         )
     if is_off(_NOT_GUARDED):
         return
-    for middleware in app.middlewares:
+    for middleware in internals.functions_among_middlewares(app):
         if middleware not in _ends:
             continue
         if options not in (Options(), vars(middleware)[_ASKED]):
@@ -171,8 +172,8 @@ def setup(
         internals.make_outermost(app, outermost)
         if not internals.has_middlewares(app, outermost, innermost):
             # Nobody swallows what it would see.
-            if innermost in app.middlewares and not app.middlewares.frozen:
-                app.middlewares.remove(innermost)
+            if not app.middlewares.frozen:
+                internals.take_off(app, innermost)
             return
         for each in (app, *internals.subapps(app)):
             internals.make_innermost(each, innermost)

@@ -405,7 +405,7 @@ def watch_application(
 
 def watch_of(app: web.Application) -> Optional[Watch]:
     """What watches an application, if ``setup()`` was given a radar for it."""
-    for middleware in app.middlewares:
+    for middleware in internals.functions_among_middlewares(app):
         if middleware in _watches:
             return _watches[middleware]
     return None

@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import traceback
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, dataclass
 from typing import Any, Callable, Dict, List
 
 import pytest
@@ -11,6 +11,7 @@ from aiohttp import web
 
 from aiohttp_cyclebreak import (
     BreakEvent,
+    Radar,
     break_cycles,
     client_cyclebreak,
     connections,
@@ -19,6 +20,7 @@ from aiohttp_cyclebreak import (
     guard_server,
     holders,
     setup,
+    stats,
 )
 
 from .service import Service, alive, no_collector, run, serve
@@ -271,6 +273,36 @@ def test_setup_misses_nothing_between_its_ends(case: str) -> None:
         depth = "/sub"
     app = WITH_SETUP[case]()
     assert run(requests_left(app, *[f"{depth}/item/a"] * 5)) == 0
+
+
+@dataclass
+class Around:
+    """A middleware that is no function: a dataclass has no hash."""
+
+    error: Any = None
+    __middleware_version__ = 1
+
+    async def __call__(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        return await swallow(request, handler)
+
+
+class Strange(Around):
+    """Compared with another one it raises."""
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("no comparison")
+
+
+@pytest.mark.parametrize("kind", [Around, Strange])
+def test_setup_beside_any_middleware(kind: Any) -> None:
+    """As aiohttp takes it: before setup() and after it."""
+    app = application()
+    app.middlewares.append(kind())
+    setup(app, radar=Radar())
+    setup(app)
+    app.middlewares.insert(0, kind())
+    assert stats(app).alive == 0
+    assert run(requests_left(app, *["/item/a"] * 5)) == 0
 
 
 def test_the_same_applications_leak_without_setup() -> None:
