@@ -361,7 +361,10 @@ class _Process:
                 self._answers.put(None)  # for other threads that ask
                 code = self._process.wait()
                 if not (self._has_started or time.monotonic() < begun + timeout):
-                    self.fail(f"the application did not start in {timeout:g} s")
+                    self.fail(
+                        f"the application did not start in {timeout:g} s: if it is "
+                        "only slow, raise --timeout"
+                    )
                 self.fail(f"the application's process ended with code {code}")
             answer: Dict[str, Any] = json.loads(line)
             if "trying" in answer:
@@ -456,8 +459,9 @@ class _Client:
             if isinstance(exc, TimeoutError) or "timed out" in str(exc):
                 self._process.tried = f"{request}"
                 self._process.fail(
-                    f"there is no whole answer in {self._plan.timeout:g} s: what is "
-                    "left of an endless one, a stream, cannot be told"
+                    f"there is no whole answer in {self._plan.timeout:g} s: if it is "
+                    "only slow, raise --timeout; what is left of an endless one, a "
+                    "stream, cannot be told"
                 )
             if idle and isinstance(exc, (ConnectionError, BrokenPipeError)):
                 return self._send(request)  # the server had hung up meanwhile

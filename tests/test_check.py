@@ -727,7 +727,7 @@ LOST = "LookupError: there is no database"
         ("leaky:leaves", ["wrong usage", "usage: one argument more"], "leaky:leaves()"),
         (
             "leaky:hangs",
-            ["connecting", "in hangs", "did not start in 1 s"],
+            ["connecting", "in hangs", "did not start in 1 s", "raise --timeout"],
             "call leaky:hangs()",
         ),
     ],
@@ -769,7 +769,8 @@ def test_an_answer_has_no_end(folder: str) -> None:
     # The application has more time to start.
     with check._started(dataclasses.replace(plan, timeout=60), False) as started:
         process, answer = started
-        with pytest.raises(CheckFailed, match=r"no whole answer in 0\.5 s") as caught:
+        told = r"no whole answer in 0\.5 s: .* raise --timeout"
+        with pytest.raises(CheckFailed, match=told) as caught:
             check._run(plan, process, answer["port"], lambda sent: None)
     assert caught.value.tried == "GET /stream?... (bare)"
     assert "secret" not in f"{caught.value} {caught.value.output}"
