@@ -281,7 +281,7 @@ def test_the_check_of_the_first_page_is_clean() -> None:
         "guarded:create_app",
         "--own-guard",
         "--request=POST /image",
-        "--data=no image",
+        '--data={"image": "A"}',
         "--request=GET /missing",
         "--requests=20",
         "--json",
@@ -289,4 +289,6 @@ def test_the_check_of_the_first_page_is_clean() -> None:
         output, _ = check.communicate(timeout=120)
     report = json.loads(output)
     assert (check.returncode, report["guarded"]["left"]) == (0, 0)
+    # What nobody catches, a 500, would leave nothing anyhow.
+    assert report["bare"]["answers"] == [{"200": 20}, {"404": 20}]
     assert report["bare"]["left"] >= 20
