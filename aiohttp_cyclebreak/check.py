@@ -208,15 +208,23 @@ class Report:
 
     @property
     def hint(self) -> str:
-        """What to look at where the application's own guard let a known leak pass."""
+        """What to look at: a guard that let a known leak pass, or what cannot leak."""
         known = any(chain["leak"] for chain in self.guarded.chains)
-        if self.is_clean or not self.plan.own_guard or not known:
-            return ""
-        return (
-            "Is there a guard? If so, it did not see this. keep_cycles and keep= leave "
-            "requests alone; what a middleware outside of cyclebreak() raises needs "
-            "setup(app); what no middleware sees needs guard_server(runner)."
-        )
+        if not self.is_clean and self.plan.own_guard and known:
+            return (
+                "Is there a guard? If so, it did not see this. keep_cycles and keep= "
+                "leave requests alone; what a middleware outside of cyclebreak() "
+                "raises needs setup(app); what no middleware sees needs "
+                "guard_server(runner)."
+            )
+        for request, answers in zip(self.plan.requests, self.guarded.answers):
+            if set(answers) == {"500"}:
+                return (
+                    f"{request} was always answered by 500. An exception that nobody "
+                    "catches leaves nothing in any case: if the application lacks what "
+                    "it needs, give it that."
+                )
+        return ""
 
     def as_dict(self) -> Dict[str, Any]:
         """The report as JSON has it; without a header, a query or a body."""

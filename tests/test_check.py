@@ -493,6 +493,10 @@ def test_nothing_is_served(folder: str) -> None:
     assert "guarded, 1 waits for the garbage collector" in report.sentence
     report = dataclasses.replace(report, guarded=dataclasses.replace(left, held=1))
     assert "guarded, 1 is held by a live reference" in report.sentence
+    assert not report.hint
+    failed = dataclasses.replace(report.guarded, answers=[{"500": 3}])
+    report = dataclasses.replace(report, guarded=failed)
+    assert report.hint.startswith("GET /told was always answered by 500")
 
 
 def test_a_lasting_task_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
