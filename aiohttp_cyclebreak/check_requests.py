@@ -114,9 +114,10 @@ def make_request(
 
 
 _ABORT = re.compile(r"(?:#|//)\s*@abort-after\s+(\d+)")
-# A file with variables, an answer to compare with, a script, a variable: no editor
+# A file, one with variables, an answer to compare with, a script, a variable: no editor
 # sends such a line as it stands.
-_NOT_SENT = re.compile(r"<@|<> |> ?\{%|.*\{\{.*\}\}")
+_NOT_SENT = re.compile(r"< |<@|<> |> ?\{%|.*\{\{.*\}\}")
+_MULTIPART = re.compile(r"content-type:\s*multipart/", re.IGNORECASE)
 
 
 def read_requests(path: str) -> List[Request]:
@@ -178,22 +179,27 @@ def _read_block(path: str, begin: int, block: List[str]) -> Optional[Request]:
             head.append(line)
     if not head:
         return None
-    rest = []
+    rest: List[str] = []
+    file = None
     for number, line in lines:
-        if _NOT_SENT.match(line):
+        in_place = not any(each.strip() for each in rest)
+        if line.startswith("< ") and in_place:
+            file = line[2:].strip()
+        elif _NOT_SENT.match(line) or (file and line.strip()):
             raise UsageError(
-                f"{path}, line {number}: variables and scripts are not supported; what "
-                "is to be sent as it stands goes into a file of its own, < FILE"
+                f"{path}, line {number}: variables, scripts and files inside of a body "
+                "are not supported; all that is to be sent as it stands goes into one "
+                "file, < FILE"
             )
         rest.append(line)
     while rest and not rest[-1].strip():
         rest.pop()
+    is_multipart = any(_MULTIPART.match(each) for each in head[1:])
     try:
-        if rest and rest[0].startswith("< "):
-            beside = Path(path).parent / rest[0][2:].strip()
-            body = read_body(f"@{beside}")
+        if file is not None:
+            body = read_body(f"@{Path(path).parent / file}")
         else:
-            body = "\n".join(rest).encode()
+            body = ("\r\n" if is_multipart else "\n").join(rest).encode()
         return make_request(head[0], head[1:], body, abort_after)
     except UsageError as exc:
         raise UsageError(f"{path}, line {begin}: {exc}") from None

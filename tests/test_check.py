@@ -843,9 +843,11 @@ def test_wrong_usage(
         ("POST /\nno header\n", "line 1: header 1 is not"),
         ("POST /\n\n< missing", "line 1: the body cannot be read"),
         ("GET /\nX-Token: {{token}}\n", "line 2: variables are not supported"),
-        ("POST /\n\n[\n{{item}}]", "line 4: variables .* < FILE"),
-        ("POST /\n\n<@ body", "line 3: variables .* < FILE"),
+        ("POST /\n\n[\n{{item}}]", "line 4: variables, .* < FILE"),
+        ("POST /\n\n<@ body", "line 3: variables, .* < FILE"),
         ("GET /\n\n> {% client.log() %}", "line 3: .* scripts .* < FILE"),
+        ("POST /\n\n--b\n\n< body\n--b--", "line 5: .* files inside .* < FILE"),
+        ("POST /\n\n< body\n--b--", "line 4: .* files inside .* < FILE"),
         ("# @abort-after=1\nPOST /\n\nbody", "line 1: .* # @abort-after BYTES"),
     ],
 )
@@ -869,12 +871,21 @@ def test_a_file_of_requests(tmp_path: pathlib.Path) -> None:
         "### a name\n// why\nPUT /b\n\none\n\ntwo\n\n"
         "###\n# @abort-after 1\nPOST /c\n\n< body\n"
         "###\nPOST /d\nX-A: 1\n# why\n# @abort-after 2\nX-B: 2\n\n# {{}\n"
+        "###\nPOST /e\ncontent-type: multipart/form-data; boundary=b\n\n--b\n\n--b--\n"
+        "###\nPOST /f\n\n\n< body\n"
     )
     assert read_requests(str(path)) == [
         Request("GET", "/a?b=c", (("Accept", "*/*"), ("X-Empty", ""))),
         Request("PUT", "/b", (), b"one\n\ntwo"),
         Request("POST", "/c", (), b"\0\r\n", 1),
         Request("POST", "/d", (("X-A", "1"), ("X-B", "2")), b"# {{}", 2),
+        Request(
+            "POST",
+            "/e",
+            (("content-type", "multipart/form-data; boundary=b"),),
+            b"--b\r\n\r\n--b--",
+        ),
+        Request("POST", "/f", (), b"\0\r\n"),
     ]
 
 
