@@ -53,17 +53,6 @@ if sys.version_info >= (3, 11):
                 return True
         return False
 
-    def _was_looked_at(frame: FrameType) -> bool:
-        """Whether somebody has read ``f_locals`` of a frame, as Sentry does.
-
-        It left a dict of them in the frame, which ``clear()`` forgets: asking for it
-        again brings it up to date.  Of a frame that is cleared it is the only dict.
-        """
-        for each in gc.get_referents(frame):  # noqa: SIM110 - as above
-            if type(each) is dict:
-                return True
-        return False
-
 else:
     _YIELD_VALUE = dis.opmap["YIELD_VALUE"]
     _YIELD_FROM = dis.opmap["YIELD_FROM"]
@@ -88,10 +77,6 @@ else:
             and code.co_code[last] != _YIELD_VALUE
             and code.co_code[last + 2 : last + 3] != bytes((_YIELD_FROM,))
         )
-
-    def _was_looked_at(frame: FrameType) -> bool:
-        """As from 3.11 on; here the frame does not tell."""
-        return True
 
 
 def goes_on(frame: FrameType) -> bool:
@@ -130,6 +115,30 @@ class Severed(Dict[int, int]):
     __slots__ = ()
 
 
+# Those of the frame, of the list, of the loop's variable and of the call's argument.
+_OF_LOCALS = 4
+
+
+def _has_own_locals(frame: FrameType) -> bool:
+    """Whether a frame that is cleared has a dict of its locals that nobody else has.
+
+    Somebody has read ``f_locals``, as Sentry does, and ``clear()`` forgets that dict.
+    But before CPython 3.13 it is the one that ``locals()`` gives, too, and who has that
+    need not know of any exception: a task or a queue that was given it.
+    """
+    for each in gc.get_referents(frame):
+        # Before CPython 3.11 the frame holds these itself.
+        if (
+            type(each) is dict
+            and each is not frame.f_globals
+            and each is not frame.f_builtins
+        ):
+            # fields = locals(); copied in one step: another thread may change it.
+            own = sum(value is each for value in list(each.values()))
+            return sys.getrefcount(each) == _OF_LOCALS + own
+    return False
+
+
 def empty(frame: FrameType) -> bool:
     """Drop what a finished frame's locals hold.
 
@@ -145,9 +154,9 @@ def empty(frame: FrameType) -> bool:
         return False
     if type(severed) is Severed:  # which clear() forgets
         frame.f_trace = severed  # type: ignore[assignment]
-    if sys.version_info < (3, 13) and _was_looked_at(frame):
+    if sys.version_info < (3, 13) and _has_own_locals(frame):
         try:
-            frame.f_locals  # noqa: B018
+            frame.f_locals  # noqa: B018 - which brings it up to date
         except Exception:  # a namespace that is no plain dict
             pass
     # Jinja makes a frame for each line of a template; its globals hold the exception.

@@ -256,8 +256,11 @@ def test_a_failure_that_others_could_have_waited_for(guard: str, asked: bool) ->
         logger.removeHandler(reporter)
 
 
+@pytest.mark.parametrize("has_own", [False, True])
 @pytest.mark.parametrize("guard", GUARDS)
-def test_locals_that_a_reporter_has_read_do_not_keep_the_request(guard: str) -> None:
+def test_locals_that_a_reporter_has_read_do_not_keep_the_request(
+    guard: str, has_own: bool
+) -> None:
     """Reading f_locals leaves a dict of them in the frame before CPython 3.13."""
     from .service import alive, no_collector
 
@@ -269,6 +272,11 @@ def test_locals_that_a_reporter_has_read_do_not_keep_the_request(guard: str) -> 
             for frame, _ in traceback.walk_tb(exc.__traceback__):
                 len(frame.f_locals)
             raise
+
+    async def refuse(request: web.Request) -> web.Response:
+        if has_own:
+            fields = locals()  # the dict has itself from then on
+        raise web.HTTPBadRequest
 
     async def main(guard: Guard) -> int:
         app = web.Application()
@@ -420,3 +428,40 @@ def test_a_body_read_too_late_raises_what_aiohttp_raises(guard: str) -> None:
     run(main())
     assert len(outcome) == 2
     assert outcome[0] is not outcome[1]
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_who_was_given_the_locals_keeps_them(guard: str) -> None:
+    """Before CPython 3.13 ``locals()`` gives the very dict that the frame has."""
+    outcome: List[Any] = []
+
+    async def main() -> None:
+        go_on = asyncio.Event()
+
+        async def work(fields: Dict[str, Any]) -> None:
+            await go_on.wait()
+            outcome.append(fields.get("marker"))
+
+        async def fail(request: web.Request) -> web.Response:
+            marker = "to be audited"
+            tasks.append(asyncio.ensure_future(work(locals())))
+            try:
+                {}[marker]
+            except KeyError as exc:
+                raise ValueError from exc
+            return web.Response()
+
+        tasks: List[Any] = []
+        app = web.Application()
+        app.router.add_get("/", fail)
+        GUARDS[guard](app)
+        async with serve(app) as service:
+            assert (await service.ask())[0] == 500
+            while service.runner.server and service.runner.server.connections:
+                await asyncio.sleep(0.001)
+            await spin()
+            go_on.set()
+            await tasks[0]
+
+    run(main())
+    assert outcome == ["to be audited"]
