@@ -718,10 +718,19 @@ def missing_route(request: web.BaseRequest) -> Optional[web.HTTPException]:
     return error
 
 
-async def _raise_missing(
-    error: web.HTTPException, _: web.Request
-) -> web.StreamResponse:
-    raise error
+def _raising(error: web.HTTPException) -> Callable[..., Any]:
+    """A handler that raises an exception, as that of the route for it does.
+
+    Like a bound method, and unlike a partial function, it has a name: a task that
+    outlives the response may still ask for it.
+    """
+
+    async def _handle(request: web.Request) -> web.StreamResponse:
+        raise error
+
+    _handle.__module__ = SystemRoute.__module__
+    _handle.__qualname__ = f"{SystemRoute.__qualname__}.{_handle.__name__}"
+    return _handle
 
 
 def forget_missing_route(request: web.BaseRequest) -> None:
@@ -737,7 +746,7 @@ def forget_missing_route(request: web.BaseRequest) -> None:
     route = route_of(request)
     error = missing_route(request)
     if isinstance(route, SystemRoute) and error is not None:
-        route._handler = partial(_raise_missing, error)
+        route._handler = _raising(error)
     if _forget_chains is not None:
         _forget_chains()
 

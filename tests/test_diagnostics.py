@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import inspect
 import io
 import logging
 import logging.handlers
@@ -465,3 +466,30 @@ def test_who_was_given_the_locals_keeps_them(guard: str) -> None:
 
     run(main())
     assert outcome == ["to be audited"]
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_background_task_finds_the_handler_of_a_missing_route(guard: str) -> None:
+    """Metrics and logs take its name."""
+
+    async def main(guard: Guard) -> List[Any]:
+        app = web.Application()
+        requests: List[web.Request] = []
+
+        @web.middleware
+        async def hold(request: web.Request, handler: Any) -> web.StreamResponse:
+            requests.append(request)
+            return await handler(request)  # type: ignore[no-any-return]
+
+        app.middlewares.append(hold)
+        guard(app)
+        async with serve(app) as service:
+            assert (await service.ask("/missing"))[0] == 404
+            await service.settle()
+        found: Any = requests[0].match_info.handler
+        names = [found.__module__, found.__qualname__, found.__name__]
+        with pytest.raises(web.HTTPNotFound):
+            await found(requests[0])
+        return [*names, inspect.iscoroutinefunction(found)]
+
+    assert run(main(GUARDS[guard])) == run(main(bare))
