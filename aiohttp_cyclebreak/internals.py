@@ -739,6 +739,9 @@ def forget_missing_route(request: web.BaseRequest) -> None:
     ``SystemRoute._handler`` is a method bound to the route itself: 3.8 to 3.14
     (aiohttp issue #10573).  The route stays usable.
 
+    ``StreamResponse._req`` of the answer, which the route has: 3.8 to 3.14.  One that
+    was sent to its end has let go of its request; not so if the client has gone before.
+
     3.10.6 to 3.10.10 keep every such route in an unbounded ``lru_cache``
     (``web_app._build_middlewares``) once the application has any middleware:
     CVE-2024-52303.  Those before and after cache nothing of the kind.
@@ -747,6 +750,9 @@ def forget_missing_route(request: web.BaseRequest) -> None:
     error = missing_route(request)
     if isinstance(route, SystemRoute) and error is not None:
         route._handler = _raising(error)
+        own: Any = getattr(error, "_req", None)
+        if own is not None and is_same(own, request):
+            error._req = None
     if _forget_chains is not None:
         _forget_chains()
 

@@ -532,3 +532,47 @@ def test_what_a_closed_loop_left_is_collected_during_a_request(
         await runner.cleanup()
 
     close_the_loop_and_collect_in(lambda: run(main()), name, end, monkeypatch)
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_client_that_goes_away_before_it_hears_that_nothing_is_there(
+    guard: str,
+) -> None:
+    """The route of a 404 has its answer, which has the request until it is sent."""
+    guard_app, guard_runner, _ = GUARDS[guard]
+
+    async def main(guard_app: Any, guard_runner: Any) -> int:
+        state = State()
+
+        @web.middleware
+        async def look_up(request: web.Request, handler: Any) -> web.StreamResponse:
+            state.begun += 1
+            await state.release.wait()
+            return await handler(request)  # type: ignore[no-any-return]
+
+        app = web.Application(middlewares=[look_up])
+        if guard_app is not None:
+            guard_app(app)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        if guard_runner is not None:
+            guard_runner(runner)
+        service = await start(runner)
+        with new_objects() as count:
+            clients = [await service.connect() for _ in range(VISITS)]
+            for client in clients:
+                await client.get("/missing")
+            await until(lambda: state.begun == VISITS)
+            for client in clients:
+                client.reset()
+            server: Any = runner.server
+            await until(lambda: not any(each.transport for each in server.connections))
+            state.release.set()
+            await service.settle()
+            del client, clients
+            found = count()[web.BaseRequest]
+        await runner.cleanup()
+        return found
+
+    assert run(main(None, None)) == VISITS
+    assert run(main(guard_app, guard_runner)) == 0
