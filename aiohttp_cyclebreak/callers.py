@@ -155,7 +155,7 @@ def _look_for_errors(serving: Serving) -> None:
     followed = follow(request, None)
     if followed is not None:
         for error in errors:
-            followed.note_call(error, task)
+            followed.note_by(error, task)
 
 
 def note_failed_call(exc: BaseException) -> None:
@@ -168,7 +168,7 @@ def note_failed_call(exc: BaseException) -> None:
         followed = None if request is None else follow(request, None)
         task = asyncio.current_task()
         if followed is not None and task is not None:
-            followed.note_call(exc, task)
+            followed.note_by(exc, task)
             return
         # Outside of any request, or it is not known any more which task handles it.
         caller = _current_caller()

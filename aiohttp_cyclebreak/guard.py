@@ -24,7 +24,7 @@ from .connections import (
 )
 from .exceptions import leads_on
 from .frames import COUNTS_ARE_EXACT
-from .holders import pending
+from .holders import MOST_NOTED, pending
 from .internals import connection_of_response, connection_task
 from .options import Options
 from .requests import FOLLOWED, Asked, FollowedRequest
@@ -68,6 +68,12 @@ def follow(
         connection = follow_connection(request.task)
         if connection is None:
             return None
+        if connection.following >= MOST_NOTED:
+            # Each is held until the task is done, and that may be of a websocket which
+            # dispatches a clone of its request for every message, for days.
+            original = internals.original_of(request)
+            if original is not request:
+                return follow(original, options)
         followed = request.__dict__[FOLLOWED] = FollowedRequest(request, connection)
         task.add_done_callback(followed.done)
         connection.following += 1
@@ -93,7 +99,7 @@ def note(request: web.BaseRequest, exc: BaseException, options: Options) -> None
     try:
         followed = follow(request, options)
         if followed is not None:
-            followed.note(exc)
+            followed.note_here(exc)
     except Exception:
         complain("noting an exception")
 
@@ -210,7 +216,8 @@ def leave_alone(request: web.BaseRequest, kept: bool) -> None:
         original = internals.original_of(request) if kept else request
         for each in [request] if original is request else [request, original]:
             followed = follow(each, None)
-            if followed is not None:
+            # One of very many clones is followed as its original.
+            if followed is not None and (kept or followed.request is each):
                 followed.kept = kept
     except Exception:
         complain("opting out")

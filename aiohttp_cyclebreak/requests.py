@@ -88,7 +88,7 @@ class FollowedRequest(Holder):
         self.are_default = True  # all of those
         self.releases_body = False  # one of those
         self.calls: List[Serving] = []
-        self.callers: Dict[int, ref[asyncio.Task[Any]]] = {}  # whose calls failed
+        self.callers: Dict[int, ref[asyncio.Task[Any]]] = {}  # who has raised those
         self.is_scheduled = False
         self.limit = MOST_NOTED
         self.kept = False
@@ -107,7 +107,18 @@ class FollowedRequest(Holder):
         for options in serving.options:
             self.add_options(options)
 
-    def note_call(self, exc: BaseException, task: "asyncio.Task[Any]") -> None:
+    def note_here(self, exc: BaseException) -> None:
+        """Note what has gone by in the current task: one request may try for ever."""
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # the coroutine is thrown away
+            task = None
+        if task is None:
+            self.note(exc)
+        else:
+            self.note_by(exc, task)
+
+    def note_by(self, exc: BaseException, task: "asyncio.Task[Any]") -> None:
         self.note(exc)
         self.callers[id(task)] = ref(task)
         if len(self.exceptions) >= self.limit and not self.is_scheduled:
@@ -225,7 +236,8 @@ class FollowedRequest(Holder):
                 sorted_out.in_flight, self._clears_frames, sorted_out.kept
             )
         for root, own in sorted_out.ready:
-            own += _release_websockets(self.request, own)
+            if in_use is None:  # or its websocket goes on
+                own += _release_websockets(self.request, own)
             cut = sever(
                 own,
                 clear_frames=self._clears_frames,

@@ -1,17 +1,19 @@
 """Exceptions that the application holds on to, and requests that overlap."""
 
 import asyncio
+import contextlib
 import sys
 import traceback
 import types
 import weakref
-from typing import Any, Callable, Dict, List, Type
+from typing import Any, Callable, Dict, List, Optional, Type
 
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import cyclebreak, setup
-from aiohttp_cyclebreak.exceptions import graph
+from aiohttp_cyclebreak import break_cycles, cyclebreak, setup
+from aiohttp_cyclebreak.exceptions import frames_of, graph
+from aiohttp_cyclebreak.holders import MOST_NOTED
 from aiohttp_cyclebreak.sever import sever
 
 from .service import alive, no_collector, run, serve
@@ -699,3 +701,120 @@ def test_what_is_left_behind_a_failure_goes_with_a_later_request(
 
     assert run(main(lambda app: None)) >= 2
     assert run(main(GUARDS[guard])) == 0
+
+
+class Marker:
+    """What the frame of each failure has in a local."""
+
+
+FAILURES = 3 * MOST_NOTED
+
+
+async def go_on_failing(
+    guard: Guard, how: str, failures: Optional[List[BaseException]] = None
+) -> List[int]:
+    """Fail again and again in one request, and count what is kept meanwhile."""
+    kept: List[int] = []
+    app = web.Application()
+
+    async def fail(request: web.Request) -> web.Response:
+        request["marker"] = marker = Marker()  # noqa: F841
+        if how == "clones that succeed":
+            return web.Response()
+        raise web.HTTPConflict if how == "clones that refuse" else ValueError
+
+    async def again(call: Callable[[], Any]) -> web.Response:
+        caught = failures
+        for _ in range(FAILURES):
+            try:
+                await call()
+            except (ValueError, web.HTTPConflict) as exc:
+                if caught is not None:
+                    caught.append(exc)
+            await asyncio.sleep(0)
+        kept.append(len(alive(Marker)))
+        for exc in caught or ():
+            assert "marker" in list(frames_of(exc))[-1].f_locals
+        return web.Response()
+
+    @web.middleware
+    async def retry(request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.path == "/retried":
+            return await again(lambda: handler(request))
+        return await handler(request)  # type: ignore[no-any-return]
+
+    async def decorated(request: web.Request) -> web.Response:
+        return await again(lambda: break_cycles(fail)(request))
+
+    async def dispatch(request: web.Request) -> web.Response:
+        return await again(lambda: app._handle(request.clone(rel_url="/failing")))
+
+    app.middlewares.append(retry)
+    app.router.add_get("/retried", fail)
+    app.router.add_get("/failing", fail)
+    app.router.add_get("/", decorated if how == "decorated" else dispatch)
+    guard(app)
+    with no_collector():
+        async with serve(app) as service:
+            path = "/retried" if how == "retried" else "/"
+            assert (await service.ask(path))[0] == 200
+            await service.settle()
+            kept.append(len(alive(Marker)))
+    return kept
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize(
+    "how",
+    [
+        "retried",
+        "decorated",
+        "clones that fail",
+        "clones that refuse",
+        "clones that succeed",
+    ],
+)
+def test_a_request_that_goes_on_and_on_keeps_few_of_its_failures(
+    how: str, guard: str
+) -> None:
+    """Bare, each goes when it was handled, and it may be a websocket's messages."""
+    [kept, left] = run(go_on_failing(GUARDS[guard], how))
+    assert kept < 2 * MOST_NOTED
+    assert left == 0
+
+
+def test_a_request_that_goes_on_finds_the_locals_of_what_it_has_in_a_list() -> None:
+    """It may report all of them in the end."""
+    failures: List[BaseException] = []
+    run(go_on_failing(setup, "retried", failures))
+    assert len(failures) == FAILURES
+
+
+def test_a_websocket_whose_handler_goes_on_is_left_alone() -> None:
+    """It is among the locals of what fails again and again."""
+    tasks: List[Any] = []
+
+    @break_cycles
+    async def fail(request: web.Request, websocket: web.WebSocketResponse) -> None:
+        raise ValueError
+
+    async def handler(request: web.Request) -> web.WebSocketResponse:
+        websocket = web.WebSocketResponse()
+        await websocket.prepare(request)
+        for _ in range(FAILURES):
+            with contextlib.suppress(ValueError):
+                await fail(request, websocket)
+            await asyncio.sleep(0)
+        tasks.extend([websocket.task, request.task])
+        await websocket.close()
+        return websocket
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        async with serve(app) as service:
+            assert (await service.ask("/", *UPGRADE))[0] == 101
+            await service.settle()
+
+    run(main())
+    assert tasks[0] is tasks[1] is not None
