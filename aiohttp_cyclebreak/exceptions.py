@@ -13,7 +13,7 @@ from types import (
     ModuleType,
     TracebackType,
 )
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from .frames import is_finished
 
@@ -28,6 +28,7 @@ __all__ = (
     "leads_on",
     "leads_to",
     "links_of",
+    "sequence_of_group",
     "set_traceback",
     "traceback_of",
     "unlink",
@@ -39,6 +40,7 @@ _TRACEBACK: Any = BaseException.__dict__["__traceback__"]
 _CAUSE: Any = BaseException.__dict__["__cause__"]
 _CONTEXT: Any = BaseException.__dict__["__context__"]
 _SUPPRESS_CONTEXT: Any = BaseException.__dict__["__suppress_context__"]
+_ARGS: Any = BaseException.__dict__["args"]
 traceback_of: Callable[[BaseException], Optional[TracebackType]] = _TRACEBACK.__get__
 set_traceback: Callable[[BaseException, Optional[TracebackType]], None] = (
     _TRACEBACK.__set__
@@ -95,6 +97,17 @@ def links_of(exc: BaseException) -> List[Tuple[Any, BaseException]]:
         # Again by descriptor: a subclass may shadow the attribute.
         links.extend((None, member) for member in group.exceptions.__get__(exc))
     return links
+
+
+def sequence_of_group(exc: BaseException) -> Optional[Sequence[Any]]:
+    """What a group was made of, if it has that beside its members; None: it is none."""
+    group = _group_type()
+    if not issubclass(type(exc), group):
+        return None
+    for each in _ARGS.__get__(exc)[1:2]:
+        if type(each) in (list, tuple) and each is not group.exceptions.__get__(exc):
+            return each  # type: ignore[no-any-return]
+    return ()
 
 
 def graph(root: BaseException) -> List[BaseException]:

@@ -39,6 +39,7 @@ __all__ = (
     "MOST_NOTED",
     "Holder",
     "InUse",
+    "SortedOut",
     "Watching",
     "in_hand",
     "leave",

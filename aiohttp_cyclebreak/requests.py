@@ -1,6 +1,7 @@
 """When is a request done? Follows it to the end of its task."""
 
 import asyncio
+from collections import Counter
 from contextvars import Context
 from functools import partial
 from sys import getrefcount
@@ -28,6 +29,7 @@ from .holders import (
     MOST_NOTED,
     Holder,
     InUse,
+    SortedOut,
     Watching,
     leave,
     look_into,
@@ -168,7 +170,7 @@ class FollowedRequest(Holder):
             if not self.kept:
                 dropped = self._drop(task)
                 if self.exceptions and not dropped:
-                    self._sever(self.exceptions, _emptied_by(connection))
+                    self._sever(self.exceptions, _emptied_by(connection), task=task)
                 self._release(task)
                 if dropped or internals.has_read_body(self.request):
                     _look_again_soon(self, connection, self.exceptions, dropped, task)
@@ -219,6 +221,7 @@ class FollowedRequest(Holder):
         roots: List[BaseException],
         emptied: Emptied,
         in_use: "Optional[InUse]" = None,
+        task: "Optional[asyncio.Future[Any]]" = None,
     ) -> None:
         """Sever what nobody needs any more; leave the rest to who has it in hand.
 
@@ -226,6 +229,7 @@ class FollowedRequest(Holder):
             roots: what this request has noted.
             emptied: as for :func:`sever`.
             in_use: what its own tasks need; None: they are done.
+            task: that of the request, which is done then.
         """
         sorted_out = sort_out(roots, in_use, self._is_kept)
         # Who has those in flight has passed no middleware: a background task.
@@ -243,8 +247,26 @@ class FollowedRequest(Holder):
                 clear_frames=self._clears_frames,
                 spared=sorted_out.spared,
                 emptied=emptied,
+                references=None
+                if task is None
+                else partial(self._references, sorted_out, root, task),
             )
             self._tell(root, cut)
+
+    def _references(
+        self,
+        sorted_out: SortedOut,
+        root: BaseException,
+        task: "asyncio.Future[Any]",
+    ) -> "Counter[int]":
+        """How many references to exceptions are of the library's and of aiohttp's."""
+        known = Counter(map(id, self.exceptions))
+        known.update(map(id, sorted_out.in_flight))
+        known.update(id(each) for each, _ in sorted_out.ready)
+        known[id(root)] += 2  # the variable, and the argument of this
+        response = internals.response_of(task)
+        known[id(response)] += 1 + self.connection.holds(response)
+        return known
 
     @property
     def _clears_frames(self) -> bool:

@@ -5,12 +5,14 @@ still prints in full (file, line and function live in code objects), so whoever
 holds the exception for longer than the request loses no line of it.
 """
 
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from types import FrameType
-from typing import Container, List, Optional, Set
+from typing import Callable, Container, List, Optional, Set, Tuple
 
-from .exceptions import detach, frames_of, links_of, unlink
-from .frames import Emptied, empty_functions, report_futures
+from .exceptions import detach, frames_of, links_of, sequence_of_group, unlink
+from .frames import COUNTS_ARE_EXACT, Emptied, empty_functions, report_futures
 from .tracebacks import drop_older_entries, is_all_empty, mark_all_empty
 
 __all__ = ("Cut", "sever")
@@ -38,6 +40,7 @@ def sever(
     clear_frames: bool = True,
     spared: Container[int] = (),
     emptied: Optional[Emptied] = None,
+    references: "Optional[Callable[[], Counter[int]]]" = None,
 ) -> Cut:
     """Cut the reference cycles that lead through exceptions.
 
@@ -49,11 +52,31 @@ def sever(
         spared: the ids of frames that something else still needs.
         emptied: by earlier severings, of exceptions that may share frames with these;
             None: there were none.
+        references: tells how many references to each exception, by its id, are known to
+            be of nobody who prints it, but for that of the list; None: nobody is taken
+            to print one.
 
     Returns:
         What was cut.
     """
     emptied = Emptied() if emptied is None else emptied
+    tracebacks, frames = _cut_tracebacks(exceptions, clear_frames, spared, emptied)
+    _cut_link_cycles(exceptions, references)
+    return Cut(len(exceptions), tracebacks, frames)
+
+
+def _cut_tracebacks(
+    exceptions: List[BaseException],
+    clear_frames: bool,
+    spared: Container[int],
+    emptied: Emptied,
+) -> Tuple[int, int]:
+    """Empty the frames of tracebacks, or take those off.
+
+    Returns:
+        How many entries of tracebacks hold nothing any more, and how many frames were
+        emptied.
+    """
     tracebacks = 0
     new: List[FrameType] = []
     full = exceptions
@@ -81,18 +104,46 @@ def sever(
         for exc in exceptions:
             tracebacks += sum(1 for _ in frames_of(exc))
             detach(exc)
-    _cut_link_cycles(exceptions)
-    return Cut(len(exceptions), tracebacks, len(new))
+    return tracebacks, len(new)
 
 
-def _cut_link_cycles(exceptions: List[BaseException]) -> None:
+def _held_elsewhere(
+    exceptions: List[BaseException],
+    references: "Optional[Callable[[], Counter[int]]]",
+) -> Set[int]:
+    """The ids of exceptions that others hold than each other, where that is asked.
+
+    What a traceback's frames have is not counted: they are empty by now.
+    """
+    held: Set[int] = set()
+    groups = [each for each in map(sequence_of_group, exceptions) if each is not None]
+    if references is None or not groups or not COUNTS_ARE_EXACT:
+        return held
+    known = references()
+    known.update(id(target) for exc in exceptions for _, target in links_of(exc))
+    known.update(id(member) for sequence in groups for member in sequence)
+    for exc in exceptions:
+        # References: the list, the variable, the argument.
+        if sys.getrefcount(exc) > known[id(exc)] + 3:
+            held.add(id(exc))
+    return held
+
+
+def _cut_link_cycles(
+    exceptions: List[BaseException],
+    references: "Optional[Callable[[], Counter[int]]]" = None,
+) -> None:
     """Cut the links by which exceptions come back to themselves.
 
     A printed traceback skips an exception that it has met already, so the text
-    stays as it was.
+    stays as it was.  Not so where the way back is through a group: that is skipped
+    only once it was printed.  Who still has one of those, such as ``raise
+    group.exceptions[0]``, prints the others of the group too, so it is left whole, and
+    to the collector; what is left are exceptions and empty frames.
     """
     if not any(map(links_of, exceptions)):
         return
+    held = _held_elsewhere(exceptions, references)
     given = {id(exc) for exc in exceptions}
     done: Set[int] = set()
     for root in exceptions:
@@ -113,6 +164,8 @@ def _cut_link_cycles(exceptions: List[BaseException]) -> None:
                     break
                 if link is not None:
                     unlink(exc, link)
+                    continue
+                if any(id(each) in held for each, _, _ in path[position[id(target)] :]):
                     continue
                 # A group's members cannot be taken out: cut on the way to it.
                 step = len(path) - 1

@@ -13,10 +13,16 @@ from aiohttp import web
 
 from aiohttp_cyclebreak import break_cycles, cyclebreak, setup
 from aiohttp_cyclebreak.exceptions import frames_of, graph
+from aiohttp_cyclebreak.frames import COUNTS_ARE_EXACT
 from aiohttp_cyclebreak.holders import MOST_NOTED
 from aiohttp_cyclebreak.sever import sever
 
 from .service import alive, no_collector, run, serve
+
+if sys.version_info >= (3, 11):
+    from builtins import ExceptionGroup
+else:
+    from exceptiongroup import ExceptionGroup
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -818,3 +824,49 @@ def test_a_websocket_whose_handler_goes_on_is_left_alone() -> None:
 
     run(main())
     assert tasks[0] is tasks[1] is not None
+
+
+class Group(ExceptionGroup):  # type: ignore[misc, type-arg]
+    """One that nobody else has."""
+
+
+@pytest.mark.skipif(not COUNTS_ARE_EXACT, reason="they tell who has it")
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("error", [ValueError, web.HTTPBadGateway])
+@pytest.mark.parametrize("guard", GUARDS)
+def test_who_holds_a_member_that_was_raised_finds_the_others(
+    guard: str, error: Type[Exception], held: bool
+) -> None:
+    """Its context is the group that it is in: a loop that is not printed as one."""
+    holding: List[BaseException] = []
+
+    @web.middleware
+    async def report(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except Exception as exc:
+            if held:
+                holding.append(exc)
+            raise
+
+    async def fail(request: web.Request) -> web.Response:
+        try:
+            raise Group("both", [error(), KeyError("the other")])
+        except Group as group:
+            raise group.exceptions[0]  # noqa: B904
+
+    async def main(guard: Guard) -> List[int]:
+        app = web.Application(middlewares=[report])
+        app.router.add_get("/", fail)
+        guard(app)
+        with no_collector():
+            async with serve(app) as service:
+                assert (await service.ask())[0] >= 500
+                await service.settle()
+                left = [len(alive()), len(alive(Group))]
+        assert [len(graph(exc)) for exc in holding] == [3] * held
+        holding.clear()  # aiohttp caches the middleware, which has it
+        return left
+
+    assert run(main(lambda app: None)) == [1, 1]
+    assert run(main(GUARDS[guard])) == [0, int(held)]
