@@ -341,8 +341,10 @@ def _forget_connection(key: int, reference: "ref[Connection]") -> None:
         _remove_connection(key)
     # Forget what those had pending that are gone; each time that would be quadratic.
     if len(pending) > 2 * len(followed_connections):
-        for found in [each for each, holder in pending.items() if holder() is None]:
-            pending.pop(found, None)
+        # Copied in one step: another thread may change it.
+        for found, holder in list(pending.items()):
+            if holder() is None:
+                pending.pop(found, None)
 
 
 def unread_has_come(reference: "ref[Connection]") -> None:

@@ -5,6 +5,7 @@ when the last of them is done with it.
 """
 
 import asyncio
+import contextlib
 from contextvars import Context
 from functools import partial
 from types import TracebackType
@@ -74,7 +75,10 @@ def _take_from_hand(key: int, holder: "ref[Holder]") -> None:
     if holders is not None:
         holders.pop(id(holder), None)
         if not holders:
-            del in_hand[key]
+            # Another thread, with a loop of its own, may have noted it meanwhile.
+            left = in_hand.pop(key, None)
+            if left:
+                in_hand.setdefault(key, {}).update(left)
 
 
 if TYPE_CHECKING:
@@ -114,7 +118,10 @@ class Holder:
         for exc in graph(root) if leads_on(root) else (root,):
             key = id(exc)
             self.in_hand.append(key)
-            in_hand.setdefault(key, {})[id(own)] = own
+            holders = None
+            while holders is None or in_hand.get(key) is not holders:  # as above
+                holders = in_hand.setdefault(key, {})
+                holders[id(own)] = own
 
     def _let_go(self) -> None:
         own = self.reference
@@ -208,7 +215,10 @@ def _frame_ids_of(exc: BaseException) -> Set[int]:
     # One instance that thousands of requests raise has the frames of all in its
     # traceback, and the end of each asks for them.  Who has noted it last remembers
     # them, since it most likely ends last.
-    newest = next(reversed(in_hand.get(id(exc), {}).values()), None)
+    holders = in_hand.get(id(exc), {})
+    newest: Optional[ref[Holder]] = None
+    with contextlib.suppress(RuntimeError):  # another thread changes it
+        newest = next(reversed(holders.values()), None)
     last = None if newest is None else newest()
     if last is not None and id(exc) in last.frame_ids:
         known, ids = last.frame_ids[id(exc)]

@@ -1025,3 +1025,33 @@ def test_what_many_have_is_not_walked_by_each_of_them(
 
     few, many = run(calls_of_ours(10)), run(calls_of_ours(80))
     assert many < 1.5 * 8 * few
+
+
+def test_threads_with_loops_of_their_own_note_the_same_exception() -> None:
+    """Each has it in hand until it lets go, whatever the others do meanwhile."""
+    outage = ConnectionError("one for all")
+    failed: List[BaseException] = []
+
+    def note_again_and_again() -> None:
+        try:
+            for _ in range(20_000):
+                holder = holders.Holder()
+                holder.note(outage)
+                assert holders.somebody_has(outage)
+                assert 0 not in holders.sort_out([outage]).spared
+                holder._let_go()
+        except BaseException as exc:
+            failed.append(exc)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=note_again_and_again) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failed == []
+    assert not holders.somebody_has(outage)
