@@ -130,9 +130,11 @@ class FollowedRequest(Holder):
     def sever_older_ones(self) -> None:
         try:
             self.is_scheduled = False
+            if not hasattr(self, "request"):
+                return  # it has ended
             own = internals.request_task(self.request)
             if own is None or FOLLOWED not in self.request.__dict__:
-                return  # it has ended
+                return  # as above
             self.callers[id(own)] = ref(own)
             alive = [found() for found in self.callers.values()]
             tasks = [task for task in alive if task is not None]
@@ -154,6 +156,7 @@ class FollowedRequest(Holder):
         _end_once_told(self, task)
 
     def end(self, task: "asyncio.Future[Any]") -> None:
+        looks_again = False
         try:
             self.request.__dict__.pop(FOLLOWED, None)
             for kept in internals.kept_exceptions(self.request):
@@ -173,11 +176,16 @@ class FollowedRequest(Holder):
                     self._sever(self.exceptions, _emptied_by(connection), task=task)
                 self._release(task)
                 if dropped or internals.has_read_body(self.request):
-                    _look_again_soon(self, connection, self.exceptions, dropped, task)
+                    looks_again = _look_again_soon(
+                        self, connection, self.exceptions, dropped, task
+                    )
         except Exception:
             complain("severing a request")
         finally:
             self._let_go()
+            # A finalizer of what was let go may keep its frame, which leads here.
+            if not looks_again:
+                del self.request
             # The traceback of an exception that is left alone may lead here.
             self.exceptions = []
             if not self.connection.following:
@@ -423,7 +431,7 @@ def _look_again_soon(
     exceptions: List[BaseException],
     are_dropped: bool,
     task: "asyncio.Future[Any]",
-) -> None:
+) -> bool:
     """Look once more when the task is gone, with its context and other callbacks.
 
     Until then these may have the request, its body and a response that was raised.
@@ -434,14 +442,18 @@ def _look_again_soon(
         exceptions: what the request has raised.
         are_dropped: whether these were to go by themselves.
         task: the task of the request, which is done.
+
+    Returns:
+        Whether that is to come: *owner* has the request until then.
     """
     # No variable may hold the request here: its references are counted further down.
     if not exceptions and _release_read_body(owner, connection, exceptions):
-        return
+        return False
     look_again = partial(
         _look_again, owner, connection, exceptions, are_dropped, ref(task)
     )
     task.get_loop().call_soon(look_again, context=Context())
+    return True
 
 
 def _look_again(
@@ -458,6 +470,8 @@ def _look_again(
             _release_read_body(owner, connection, exceptions)
     except Exception:
         complain("looking at a request again")
+    finally:
+        del owner.request
 
 
 def _sever_from_task(
@@ -516,6 +530,8 @@ def _release_read_body(
             return True
     except Exception:
         complain("releasing a body")
+    finally:
+        request = None  # type: ignore[assignment]  # as in FollowedRequest.end()
     return False
 
 

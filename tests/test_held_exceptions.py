@@ -870,3 +870,46 @@ def test_who_holds_a_member_that_was_raised_finds_the_others(
 
     assert run(main(lambda app: None)) == [1, 1]
     assert run(main(GUARDS[guard])) == [0, int(held)]
+
+
+class Clumsy:
+    """What lets go of it keeps an error, and by that its caller's frame."""
+
+    def __del__(self) -> None:
+        try:
+            raise ValueError
+        except ValueError as exc:
+            kept = exc  # noqa: F841  # a cycle of its own
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("body", [b"", b"body"])
+@pytest.mark.parametrize("cause", [None, KeyError("cause")])
+@pytest.mark.parametrize("error", [LookupError, web.HTTPConflict])
+def test_a_finalizer_that_keeps_the_frame_that_called_it_keeps_no_request(
+    error: Type[Exception], cause: Any, body: bytes, guard: str
+) -> None:
+    """Bare, that is none of the library's."""
+
+    async def fail(request: web.Request) -> web.Response:
+        await request.read()
+        await let_go()
+
+    async def let_go() -> None:
+        clumsy = Clumsy()  # noqa: F841
+        raise error from cause
+
+    async def main(guard: Guard) -> int:
+        app = web.Application()
+        app.router.add_post("/", fail)
+        guard(app)
+        with no_collector():
+            async with serve(app) as service:
+                client = await service.connect()
+                await client.post("/", body)
+                assert (await client.answer())[0] >= 400
+                client.close()
+                await service.settle()
+                return len(alive())
+
+    assert run(main(GUARDS[guard])) == 0
