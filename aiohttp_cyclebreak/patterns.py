@@ -118,11 +118,20 @@ _ADVICE = {
 }
 
 
+# A chain does not tell whether the exception left the handler.
+_SWALLOWED = (
+    "No middleware sees what a handler swallows: have it store the exception in the "
+    "request, or raise another one from it."
+)
+
+
 def advise(kind: str, leak: Optional[str], marks: Set[str]) -> str:
     """What to do about a chain."""
     for each in CATALOGUE:
         if leak is not None and each.id.partition("/")[0] == leak:
             advice = f"{_REMEDIES[each.remedy]}; {leak} of the catalogue: {each.title}."
+            if leak == "kept-local":
+                advice = f"{advice} {_SWALLOWED}"
             return f"{advice} {each.upstream}".rstrip()
     if kind == "delayed" and {_ERROR, "traceback"} & marks:
         return (

@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import probe
+from aiohttp_cyclebreak import probe, setup
 from aiohttp_cyclebreak.chains import Chain, Looking, chains, shortest_chain
 from aiohttp_cyclebreak.frames import COUNTS_ARE_EXACT
 from aiohttp_cyclebreak.leaks import CATALOGUE, Kind, Leak
@@ -790,3 +790,29 @@ def test_the_catalogue(leak: Leak, monkeypatch: pytest.MonkeyPatch) -> None:
         assert chain.advice
     gone: Any = [chain for reference, chain in new if reference() is None]
     assert bool(gone) is (leak.kind is Kind.DELAYED)
+
+
+def test_the_advice_for_what_a_handler_swallows() -> None:
+    """Its service is guarded already: to guard it is no advice."""
+
+    async def answer(request: web.Request) -> web.Response:
+        try:
+            raise ValueError
+        except ValueError as exc:
+            kept = exc
+        return web.Response(text=repr(kept))
+
+    async def main() -> List[Optional[Chain]]:
+        app = web.Application()
+        app.router.add_get("/", answer)
+        setup(app)
+        before = set(map(id, probe.requests_alive()))  # of leaks for good
+        async with serve(app) as service:
+            await service.ask()
+            await service.settle()
+            left = [each for each in probe.requests_alive() if id(each) not in before]
+            return chains(left)
+
+    (chain,) = run(main())
+    assert chain.leak == "kept-local"
+    assert "store the exception in the request" in chain.advice
