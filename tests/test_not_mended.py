@@ -1,7 +1,9 @@
 """What docs/safety.rst says is found and not mended: it is as bare, and no worse."""
 
 import asyncio
-from typing import Any, List
+import sys
+import traceback
+from typing import Any, Callable, List
 
 import pytest
 from aiohttp import web
@@ -20,6 +22,11 @@ from .test_next_request import (
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
+# aiohttp 3.14 wants keys of its own kind.
+ERROR: Any = (
+    web.RequestKey("error", Exception) if hasattr(web, "RequestKey") else "error"
+)
+
 
 def test_what_is_stored_in_a_success_while_it_is_prepared() -> None:
     """No middleware comes after that."""
@@ -29,6 +36,66 @@ def test_what_is_stored_in_a_success_while_it_is_prepared() -> None:
 
     assert run(left_by(add, "/", 200, lambda app: None)) == 3
     assert run(left_by(add, "/", 200, setup)) == 3
+
+
+def _keep(exc: Exception) -> Any:
+    return exc
+
+
+def _read_locals(exc: Exception) -> Any:
+    """As error reporters do: before CPython 3.13 the frames keep a copy of them."""
+    traceback.TracebackException.from_exception(exc, capture_locals=True)
+
+
+@pytest.mark.parametrize("use", [_keep, _read_locals])
+def test_what_a_handler_swallows(use: Callable[[Exception], Any]) -> None:
+    """No middleware sees it, unless it is stored in the request."""
+
+    async def answer(request: web.Request) -> web.Response:
+        kept = None
+        try:
+            raise ValueError
+        except ValueError as exc:
+            kept = use(exc)
+            if request.path == "/stored":
+                request[ERROR] = exc
+        return web.Response(text=repr(kept))
+
+    def add(app: web.Application) -> None:
+        app.router.add_get("/swallowed", answer)
+        app.router.add_get("/stored", answer)
+
+    is_kept = use is _keep or sys.version_info < (3, 13)
+    assert run(left_by(add, "/swallowed", 200, setup)) == (3 if is_kept else 0)
+    assert run(left_by(add, "/stored", 200, setup)) == 0
+
+
+def test_a_callback_of_the_connections_task() -> None:
+    """It is called when the connection ends; until then it keeps its request."""
+
+    async def answer(request: web.Request) -> web.Response:
+        task: Any = request.task
+        task.add_done_callback(lambda task: request)
+        return web.Response()
+
+    async def main(guard: Any) -> List[int]:
+        app = web.Application()
+        app.router.add_get("/", answer)
+        guard(app)
+        async with serve(app) as service:
+            with no_collector():
+                client = await service.connect()
+                for _ in range(3):
+                    await client.get("/")
+                    await client.answer()
+                await spin()
+                held = len(alive())
+                client.close()
+                await service.settle()
+                return [held, len(alive())]
+
+    assert run(main(lambda app: None))[0] == 3
+    assert run(main(setup)) == [3, 0]
 
 
 @pytest.mark.parametrize(("api", "left"), [("appended", 3), ("setup", 0)])
