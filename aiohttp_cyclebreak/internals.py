@@ -302,7 +302,7 @@ def release_websocket(
     own: Any = response._req
     transport = own.transport
     if websocket.closed:
-        for name in ("_heartbeat_cb", "_pong_heartbeat_cb", "_pong_response_cb"):
+        for name in ("_heartbeat_cb", "_pong_response_cb"):
             timer = getattr(websocket, name, None)
             if isinstance(timer, asyncio.Handle):
                 timer.cancel()
