@@ -112,7 +112,7 @@ class Connection:
     def __init__(self, task: "asyncio.Task[Any]") -> None:
         self.key = id(task)
         # Of the task, until it is done: aiohttp keeps the last request and response in
-        # its locals.  From aiohttp 3.13 on a request forgets the task before that.
+        # its locals.  A request forgets the task before that, from 3.11.14 on.
         self.coroutine: Any = internals.connection_coroutine(task)
         self.frame: Optional[FrameType] = getattr(self.coroutine, "cr_frame", None)
         self.errors: List[BaseException] = []  # of aiohttp's parser

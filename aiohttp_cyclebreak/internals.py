@@ -66,6 +66,7 @@ __all__ = (
     "original_of",
     "outcome_of",
     "own_task",
+    "refuse_as_middleware",
     "release_body",
     "release_payload",
     "release_read_body",
@@ -185,7 +186,7 @@ def own_task(request: Any) -> "Optional[asyncio.Task[Any]]":
 def is_awaited(request: web.BaseRequest, task: "asyncio.Future[Any]") -> bool:
     """Whether the connection's task has yet to learn that a request's is done.
 
-    aiohttp: ``BaseRequest._task``, which is None from 3.13 on once it has learned.
+    aiohttp: ``BaseRequest._task``, which is None from 3.11.14 on once it has learned.
     asyncio: ``Task._fut_waiter``, 3.8 to 3.14.  Without it the answer is yes.
     """
     connection: Any = request.task
@@ -630,7 +631,7 @@ def release_read_body(request: web.BaseRequest) -> None:
 def body_size(request: web.BaseRequest) -> int:
     """How many bytes of its body a request still has.
 
-    aiohttp: ``BaseRequest._read_bytes``, ``StreamReader._size``, 3.8 to 3.14.
+    aiohttp: ``BaseRequest._read_bytes``, ``StreamReader._buffer``, 3.8 to 3.14.
     """
     read = getattr(request, "_read_bytes", None) or b""
     return len(read) + sum(map(len, getattr(request.content, "_buffer", ())))
@@ -1007,8 +1008,9 @@ class _Messages(Deque[Any]):
         self, task: Any, refused: Callable[[Any, BaseException], None]
     ) -> None:
         super().__init__()
-        # Weakly: from 3.11.14 on the connection forgets its task in the end, which may
-        # lead to a request by what cancelled it, and that leads here.
+        # Weakly: in the end neither the connection nor, from 3.11.14 on, a request has
+        # the task, which may lead to a request by what cancelled it, and that leads
+        # here.
         self._task = ref(task)
         self._refused = refused
 
