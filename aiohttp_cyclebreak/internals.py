@@ -864,8 +864,8 @@ def refuse_as_middleware(function: Any, message: str) -> None:
     function.__middleware_version__ = _NoMiddleware(message)
 
 
-class _GuardedProtocol:
-    """What the connections of a guarded server have in common."""
+class _Guarded:
+    """What a guarded server and its connections have in common."""
 
     __slots__ = ()
 
@@ -882,7 +882,7 @@ def guard_options(request: Any) -> Optional[Options]:
     """
     try:
         protocol = request.protocol
-        if isinstance(protocol, _GuardedProtocol):
+        if isinstance(protocol, _Guarded):
             return protocol.guard_options
     except Exception:  # an application may pass on an object of its own as a request
         pass
@@ -914,7 +914,7 @@ def guard_connections(
     refused: Callable[[Any, BaseException], None],
     lost: Callable[[Any, BaseException], None],
     around: Callable[[Callable[..., Any]], Callable[..., Any]],
-) -> bool:
+) -> None:
     """Make a server, and no other, tell of its connections and requests.
 
     Its class and that of the connections it makes become subclasses of what they
@@ -927,22 +927,17 @@ def guard_connections(
     asyncio: ``Future._exception``, 3.8 to 3.14: who asks for it in public has seen it.
 
     Args:
-        server: the server, before its first connection.
+        server: the server, before its first connection, and not guarded yet.
         options: what :func:`guard_options` tells of its requests.
         connected: called with the task of each connection.
         refused: called with that task and what was wrong with a request.
         lost: called with a request and what is raised there, or was and aiohttp has
             caught it, since the client has gone while something was sent to it.
         around: makes the handler of all requests from the server's own.
-
-    Returns:
-        Whether it was not guarded yet.
     """
-    if isinstance(server, _GuardedServer):
-        return False
     handler_class: Any = web_protocol.RequestHandler
 
-    class GuardedRequestHandler(handler_class, _GuardedProtocol):  # type: ignore[misc]
+    class GuardedRequestHandler(handler_class, _Guarded):  # type: ignore[misc]
         __slots__ = ()
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -971,7 +966,7 @@ def guard_connections(
     GuardedRequestHandler.guard_options = options
     base: Any = type(server)
 
-    class GuardedServer(base, _GuardedServer):  # type: ignore[misc]
+    class GuardedServer(base, _Guarded):  # type: ignore[misc]
         def __call__(self) -> Any:
             protocol = super().__call__()
             if type(protocol) is handler_class:
@@ -982,16 +977,11 @@ def guard_connections(
     GuardedServer.guard_options = options
     handler = around(server.request_handler)
     server.__class__ = GuardedServer
-    return True
-
-
-class _GuardedServer:
-    guard_options: Options
 
 
 def options_of_server(server: web.Server) -> Optional[Options]:
     """What :func:`guard_connections` was given for a server; None: nothing yet."""
-    return server.guard_options if isinstance(server, _GuardedServer) else None
+    return server.guard_options if isinstance(server, _Guarded) else None
 
 
 class _Messages(Deque[Any]):

@@ -73,11 +73,13 @@ def guard_server(
             "unguarded: call guard_server() before the first site.start()"
         )
     before = internals.options_of_server(server)
-    if before is not None and options not in (Options(), before):
-        raise RuntimeError(
-            f"guard_server() was called for {runner!r} before, with other options: "
-            "call it once, with all of them"
-        )
+    if before is not None:
+        if options not in (Options(), before):
+            raise RuntimeError(
+                f"guard_server() was called for {runner!r} before, with other options: "
+                "call it once, with all of them"
+            )
+        return
     lacking = internals.lacks()
     if lacking:
         raise RuntimeError(
@@ -85,15 +87,14 @@ def guard_server(
             f"no {', '.join(lacking)}: install a newer aiohttp-cyclebreak, or use "
             "setup(app) alone"
         )
-    if not internals.guard_connections(
+    internals.guard_connections(
         server,
         options,
         connected=follow_connection,
         refused=note_parser_error,
         lost=lambda request, exc: note(request, exc, options),
         around=lambda handler: _guarded(handler, options),
-    ):
-        return
+    )
     if isinstance(runner, web.AppRunner):
         _guard_inside(runner.app)
 
