@@ -136,22 +136,7 @@ def setup(
             f"{app!r} is frozen, it takes no middleware any more: call setup() "
             "before the application is started or added to another one"
         )
-    if is_off(_NOT_GUARDED):
-        return
-    for middleware in internals.functions_among_middlewares(app):
-        if middleware not in _ends:
-            continue
-        if options not in (Options(), vars(middleware)[_ASKED]):
-            raise RuntimeError(
-                f"setup() was called for {app!r} before, with other options: call it "
-                "once, with all of them"
-            )
-        watch = watch_of(app)
-        if radar is not None and (watch is None or watch.radar != radar):
-            raise RuntimeError(
-                f"setup() was called for {app!r} before, and not with {radar!r}: call "
-                "it once, with all its options"
-            )
+    if is_off(_NOT_GUARDED) or _is_set_up(app, options, radar):
         return
     asked = options
     if radar is None:
@@ -180,6 +165,30 @@ def setup(
 
     on_startup: Any = app.on_startup  # aiohttp 3.10 declares its functions wrongly
     on_startup.append(reach_the_ends)
+
+
+def _is_set_up(app: web.Application, options: Options, radar: Optional[Radar]) -> bool:
+    """Whether :func:`setup` was called for an application before.
+
+    Raises:
+        RuntimeError: it was, and with other options than these.
+    """
+    for middleware in internals.functions_among_middlewares(app):
+        if middleware not in _ends:
+            continue
+        if options not in (Options(), vars(middleware)[_ASKED]):
+            raise RuntimeError(
+                f"setup() was called for {app!r} before, with other options: call it "
+                "once, with all of them"
+            )
+        watch = watch_of(app)
+        if radar is not None and (watch is None or watch.radar != radar):
+            raise RuntimeError(
+                f"setup() was called for {app!r} before, and not with {radar!r}: call "
+                "it once, with all its options"
+            )
+        return True
+    return False
 
 
 @web.middleware
