@@ -12,7 +12,7 @@ from weakref import getweakrefcount
 
 __all__ = (
     "COUNTS_ARE_EXACT",
-    "RESUMABLE",
+    "CO_RESUMABLE",
     "Emptied",
     "Severed",
     "empty",
@@ -32,7 +32,7 @@ COUNTS_ARE_EXACT = (
 )
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-RESUMABLE = _GENERATOR | inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE
+CO_RESUMABLE = _GENERATOR | inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE
 
 
 if sys.version_info >= (3, 11):
@@ -65,7 +65,7 @@ else:
         That of one which executes cannot be: it raises :exc:`RuntimeError`.
         """
         code = frame.f_code
-        if not code.co_flags & RESUMABLE:
+        if not code.co_flags & CO_RESUMABLE:
             return True
         # Suspended at an await, f_lasti is one instruction short of YIELD_FROM,
         # which runs again on resumption; an exception that leaves the await moves
@@ -227,7 +227,7 @@ class Emptied:
         """
         return any(
             key not in self.frames
-            and (each.f_code.co_flags & RESUMABLE or not _is_machinery(each))
+            and (each.f_code.co_flags & CO_RESUMABLE or not _is_machinery(each))
             for key, (each, _) in self._callers.items()
         )
 
@@ -290,7 +290,7 @@ def report_futures(frames: Iterable[FrameType]) -> None:
 
 def _is_certainly_over(frame: FrameType) -> bool:
     # Before CPython 3.11 is_finished() is true of a function that executes.
-    is_function = not frame.f_code.co_flags & RESUMABLE
+    is_function = not frame.f_code.co_flags & CO_RESUMABLE
     return is_finished(frame) and not (sys.version_info < (3, 11) and is_function)
 
 

@@ -7,7 +7,7 @@ from types import CellType, CodeType, FrameType
 from typing import Any, Container, Iterator, List, Optional, Set, Tuple
 
 from .exceptions import exceptions_in, graph, traceback_of
-from .frames import RESUMABLE, goes_on
+from .frames import CO_RESUMABLE, goes_on
 from .tracebacks import is_all_empty
 
 __all__ = (
@@ -41,7 +41,7 @@ def in_flight(exc: BaseException, running: Container[int] = ()) -> bool:
         frame = traceback.tb_frame
         if goes_on(frame):
             if id(frame) not in running:
-                if frame.f_code.co_flags & RESUMABLE:
+                if frame.f_code.co_flags & CO_RESUMABLE:
                     return True
                 executing.add(id(frame))
         traceback = traceback.tb_next
