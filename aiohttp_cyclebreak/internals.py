@@ -1019,16 +1019,8 @@ def error_of_call(made_with: Any) -> Optional[BaseException]:
     Args:
         made_with: a response, a websocket or the protocol of a connection.
     """
-    for each in (
-        made_with,
-        getattr(made_with, "content", None),  # None until the headers have come
-        getattr(made_with, "_reader", None),
-    ):
-        exception = getattr(each, "exception", None)
-        error: Any = None if exception is None else exception()
-        if is_exception(error):
-            return error  # type: ignore[no-any-return]
-    return None
+    content = getattr(made_with, "content", None)  # None until the headers have come
+    return _first_error((made_with, content, getattr(made_with, "_reader", None)))
 
 
 def error_of_websocket(websocket: web.WebSocketResponse) -> Optional[BaseException]:
@@ -1038,10 +1030,14 @@ def error_of_websocket(websocket: web.WebSocketResponse) -> Optional[BaseExcepti
 
     aiohttp: ``exception()``, and ``WebSocketResponse._reader``, 3.8 to 3.14.
     """
-    for each in (websocket, getattr(websocket, "_reader", None)):
+    return _first_error((websocket, getattr(websocket, "_reader", None)))
+
+
+def _first_error(holders: Tuple[Any, ...]) -> Optional[BaseException]:
+    for each in holders:
         exception = getattr(each, "exception", None)
         error: Any = None if exception is None else exception()
-        if is_exception(error):
+        if error is not None and is_exception(error):  # most often there is none
             return error  # type: ignore[no-any-return]
     return None
 
