@@ -269,8 +269,6 @@ def _keeps_only_body(request: web.Request, options: Options) -> bool:
         return False
     if connection.put_off is not None:
         connection.sever_put_off(request)  # if it is of an earlier one
-    if connection.put_off is not None:
-        return False
     return _ask_in_the_end(request, connection)
 
 
