@@ -247,6 +247,10 @@ WITH_SETUP: Dict[str, Callable[[], web.Application]] = {
     "swallowed after the list was emptied": lambda: swallowing(
         _emptied(_set_up(application()))
     ),
+    # Then its middlewares are frozen when it is known that there are no others.
+    "set up alone in the sub-application": lambda: nested(
+        web.Application(), _set_up(application())
+    ),
 }
 
 
