@@ -9,7 +9,7 @@ from aiohttp import web
 from . import internals
 from .options import BreakEvent
 
-__all__ = ("UNMATCHED", "Counts", "Stats", "module_of", "route_of", "type_name")
+__all__ = ("UNMATCHED", "Counts", "Stats", "canonical_path", "module_of", "type_name")
 
 UNMATCHED = "unmatched"  # the route of a request for which there is none
 _OTHER = "other"  # what there are too many of to name each
@@ -102,7 +102,7 @@ class Counts:
         self.frames += event.frames
 
 
-def route_of(request: web.BaseRequest) -> Optional[str]:
+def canonical_path(request: web.BaseRequest) -> Optional[str]:
     """The canonical path of a request's route; None where none matched."""
     resource = getattr(internals.route_of(request), "resource", None)
     canonical: Any = getattr(resource, "canonical", None)

@@ -80,6 +80,7 @@ else:
 
 
 def goes_on(frame: FrameType) -> bool:
+    """Whether a function or a coroutine is not over; a generator does not count."""
     return not is_finished(frame) and not frame.f_code.co_flags & _GENERATOR
 
 

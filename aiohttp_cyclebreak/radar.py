@@ -26,7 +26,7 @@ from aiohttp import web
 from . import internals
 from .complaints import complain, errors, logger
 from .connections import kept_requests
-from .counts import UNMATCHED, Counts, Stats, route_of, type_name
+from .counts import UNMATCHED, Counts, Stats, canonical_path, type_name
 from .holders import Watching
 from .options import switched_off
 
@@ -250,7 +250,7 @@ class Watch:
         if internals.has_request(request):
             self._unsettled.append(reference)
             return
-        route = self.counts.routes(route_of(request) or UNMATCHED)
+        route = self.counts.routes(canonical_path(request) or UNMATCHED)
         cohort = new.get(route)
         if cohort is None or len(cohort.requests) >= _SLICE:
             cohort = new[route] = _Cohort(route, now)

@@ -14,7 +14,7 @@ from . import internals
 from .calls import Serving
 from .complaints import ENDS, complain, logger
 from .connections import Connection, clear_request_frame, unread_has_come
-from .counts import route_of
+from .counts import canonical_path
 from .exceptions import (
     attributes_of,
     detach,
@@ -301,7 +301,7 @@ class FollowedRequest(Holder):
             return
         event = BreakEvent(
             method=self.request.method,
-            route=route_of(self.request),
+            route=canonical_path(self.request),
             exception=type(root),
             exceptions=cut.exceptions,
             tracebacks=cut.tracebacks,
