@@ -174,6 +174,12 @@ async def start(runner: Any, **site_options: Any) -> Service:
     return Service(runner, sock.getsockname()[1])
 
 
+@web.middleware
+async def idle(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Do nothing, as any middleware that is neither ours nor swallows anything."""
+    return await handler(request)  # type: ignore[no-any-return]
+
+
 @contextlib.asynccontextmanager
 async def serve(
     app: web.Application,

@@ -24,7 +24,7 @@ from aiohttp import web
 import aiohttp_cyclebreak
 from aiohttp_cyclebreak import connections, cyclebreak, guard_server, requests, setup
 
-from .service import AIOHTTP, Client, Service, no_collector, run, spin
+from .service import AIOHTTP, Client, Service, idle, no_collector, run, spin
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -34,11 +34,6 @@ OURS = Path(aiohttp_cyclebreak.__file__).parent
 CONTAINERS = (Mapping, Set, list, deque, WeakSet)
 
 _remembered: Dict[int, List[Any]] = {}
-
-
-@web.middleware
-async def idle(request: web.Request, handler: Any) -> web.StreamResponse:
-    return await handler(request)
 
 
 @web.middleware

@@ -19,14 +19,9 @@ from aiohttp import web
 from aiohttp_cyclebreak import cyclebreak, setup
 
 from .naive import NAIVE
-from .service import LOOPS, run, serve, spin
+from .service import LOOPS, idle, run, serve, spin
 
 pytestmark = pytest.mark.usefixtures("few_objects")
-
-
-@web.middleware
-async def _idle(request: web.Request, handler: Any) -> web.StreamResponse:
-    return await handler(request)  # type: ignore[no-any-return]
 
 
 Guard = Callable[[web.Application], Any]
@@ -40,7 +35,7 @@ GUARDS: Dict[str, Guard] = {
 
 
 def bare(app: web.Application) -> None:
-    app.middlewares.append(_idle)
+    app.middlewares.append(idle)
 
 
 async def chained(request: web.Request) -> web.Response:
@@ -92,7 +87,7 @@ if sys.version_info >= (3, 11):
 
 def normalized(text: str) -> str:
     """A traceback without the lines of middlewares, which differ."""
-    ours = r'(?m)^[ |]*File "[^"]*", line \d+, in (_idle|cyclebreak_middleware)\n.*\n'
+    ours = r'(?m)^[ |]*File "[^"]*", line \d+, in (idle|cyclebreak_middleware)\n.*\n'
     text = re.sub(ours, "", text)
     text = re.sub(r"(?m)^[ |]*[~^]+\n", "", text)
     return re.sub(r"127\.0\.0\.1:\d+|0x[0-9a-f]+", "ADDRESS", text)
@@ -163,7 +158,7 @@ def frames(exc: BaseException) -> List[Tuple[str, List[str]]]:
     return [
         (frame.f_code.co_name, sorted(frame.f_locals))
         for frame, _ in traceback.walk_tb(exc.__traceback__)
-        if frame.f_code.co_name not in ("_idle", "cyclebreak_middleware")
+        if frame.f_code.co_name not in ("idle", "cyclebreak_middleware")
     ]
 
 

@@ -15,7 +15,7 @@ from aiohttp_cyclebreak import cyclebreak, guard_server, setup
 from aiohttp_cyclebreak.exceptions import frames_of
 from aiohttp_cyclebreak.sever import sever
 
-from .service import run, serve, start
+from .service import idle, run, serve, start
 from .test_hostile_clients import new_objects, until
 from .test_sever import Hostile
 
@@ -38,11 +38,6 @@ GUARDS: Dict[str, Guard] = {
 
 def bare(app: web.Application) -> None:
     pass
-
-
-@web.middleware
-async def idle(request: web.Request, handler: Any) -> web.StreamResponse:
-    return await handler(request)
 
 
 # Each of these makes an exception, inside a handler that then raises it.

@@ -28,6 +28,7 @@ from .service import (
     LOOPS,
     Client,
     alive,
+    idle,
     no_collector,
     run,
     serve,
@@ -37,11 +38,6 @@ from .service import (
 )
 
 pytestmark = pytest.mark.usefixtures("few_objects")
-
-
-@web.middleware
-async def idle(request: web.Request, handler: Any) -> web.StreamResponse:
-    return await handler(request)  # type: ignore[no-any-return]
 
 
 Guard = Callable[[web.Application], Any]

@@ -14,24 +14,19 @@ from aiohttp import web
 
 from aiohttp_cyclebreak import cyclebreak, setup
 
-from ..service import LOOPS, Client, Service, alive, no_collector, run, serve
+from ..service import LOOPS, Client, Service, alive, idle, no_collector, run, serve
 
 EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "docs" / "examples"
 
 Install = Callable[..., Any]
 
 
-@web.middleware
-async def _idle(request: web.Request, handler: Any) -> web.StreamResponse:
-    return await handler(request)  # type: ignore[no-any-return]
-
-
 def _append(app: web.Application) -> None:
-    app.middlewares.append(_idle)
+    app.middlewares.append(idle)
 
 
 def _insert(app: web.Application) -> None:
-    app.middlewares.insert(0, _idle)
+    app.middlewares.insert(0, idle)
 
 
 def _at_both_ends(app: web.Application) -> None:
@@ -65,7 +60,7 @@ everywhere = pytest.mark.parametrize(
     + [("setup", loop) for loop in LOOPS if loop != "asyncio"],
 )
 
-OURS = ("_idle", "cyclebreak_middleware")  # names of functions in tracebacks
+OURS = ("idle", "cyclebreak_middleware")  # names of functions in tracebacks
 
 Answer = Tuple[str, str]
 
@@ -145,7 +140,7 @@ def without_what_differs(text: str) -> str:
     """A text without addresses, ports, the time and the names of the middlewares."""
     text = re.sub(r"(?m)^Date: .*$", "Date: DATE", text)
     text = re.sub(
-        r"<function [\w.<>]*(_idle|cyclebreak_middleware) at", "<ours at", text
+        r"<function [\w.<>]*(idle|cyclebreak_middleware) at", "<ours at", text
     )
     text = re.sub(r"127\.0\.0\.1:\d+|\('127\.0\.0\.1', \d+\)", "PEER", text)
     return re.sub(r"0x[0-9a-fA-F]+", "ADDRESS", text)
