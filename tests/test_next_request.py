@@ -7,6 +7,7 @@ import gc
 import sys
 import traceback
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any, Callable, Dict, List
 from weakref import ref
 
@@ -142,6 +143,36 @@ def test_an_open_connection_keeps_its_last_requests_only(
     assert bare[-1] >= bare[0] + 3
     guarded = run(main(GUARDS[guard]), loop)
     assert guarded[-1] <= guarded[0] <= 2
+
+
+def test_an_open_connection_keeps_no_emptied_frames() -> None:
+    """They are remembered for the requests that end together, and no longer."""
+
+    async def fail(request: web.Request) -> web.Response:
+        try:
+            raise LookupError
+        except LookupError as exc:
+            raise web.HTTPBadRequest from exc
+
+    async def main(install: Guard) -> int:
+        app = web.Application()
+        app.router.add_get("/", fail)
+        install(app)
+        async with serve(app) as service:
+            client = await service.connect()
+            with no_collector():
+                for _ in range(5):
+                    assert await ask(client, "/") == 400
+                    await spin()
+                frames = [each for each in gc.get_objects() if type(each) is FrameType]
+                left = sum(each.f_code is fail.__code__ for each in frames)
+                frames.clear()
+            client.close()
+            await service.settle()
+        return left
+
+    assert run(main(lambda app: None)) >= 5
+    assert run(main(setup)) <= 1
 
 
 @pytest.mark.parametrize("loop", LOOPS)
