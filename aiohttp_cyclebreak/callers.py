@@ -55,7 +55,7 @@ class _Caller(Holder):
             if task is not None and not task.done():
                 in_use = look_into([task])
                 self._sever(due, in_use)
-                self.calls.forget_dead()
+                self.calls.forget_dead()  # or what this frees puts the next look off
         except Exception:
             complain("severing the calls of a task")
 
