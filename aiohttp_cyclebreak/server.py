@@ -53,6 +53,9 @@ def guard_server(
             already, options are given the second time that are others than those of
             the first, or this aiohttp has other internals than those known.
 
+    See `aiohttp issue #10548 <https://github.com/aio-libs/aiohttp/issues/10548>`_: a
+    connection without a request has that as well.
+
     .. versionadded:: 0.1.0
     """
     if not isinstance(runner, (web.AppRunner, web.ServerRunner)):
