@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import subprocess
 import sys
 import threading
 import traceback
@@ -42,6 +43,15 @@ if sys.version_info >= (3, 11):
     from builtins import BaseExceptionGroup, ExceptionGroup
 else:
     from exceptiongroup import BaseExceptionGroup, ExceptionGroup
+
+
+def test_it_knows_nothing_of_aiohttp() -> None:
+    """All of this works on exceptions, whoever raised them."""
+    program = (
+        "import sys, aiohttp_cyclebreak.running, aiohttp_cyclebreak.sever; "
+        "sys.exit('aiohttp' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def caught(raiser: Callable[[], Any]) -> BaseException:
