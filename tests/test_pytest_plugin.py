@@ -1,21 +1,24 @@
 """The pytest plugin, in test runs of its own: what fails there, and what it says."""
 
+import asyncio
 import gc
 import shutil
+import socket
 import subprocess
 import sys
 from array import array
 from itertools import accumulate
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List
 
 import pytest
 from aiohttp import web
 
 from aiohttp_cyclebreak.growth import grows
+from aiohttp_cyclebreak.left_behind import Watch
 from aiohttp_cyclebreak.pytest_plugin import _soak, _watching
 
-from .service import AIOHTTP, no_collector, run
+from .service import AIOHTTP, no_collector, run, serve, spin
 
 pytestmark = pytest.mark.processes
 
@@ -924,6 +927,97 @@ def test_what_was_there_before_is_not_blamed() -> None:
             run(main(True))
         assert not gc.isenabled()
     assert old.itself is old
+
+
+def test_what_is_being_served_is_not_blamed() -> None:
+    """A test that is no coroutine function cannot wait for its end."""
+
+    async def main() -> None:
+        begun, end = asyncio.Event(), asyncio.Event()
+
+        async def wait(request: web.Request) -> web.Response:
+            begun.set()
+            await end.wait()
+            return web.Response()
+
+        app = web.Application()
+        app.router.add_get("/", wait)
+        async with serve(app) as service:
+            watch = Watch()
+            watch.begin()
+            try:
+                client = await service.connect()
+                await client.get()
+                await begun.wait()
+                watch.check()
+            finally:
+                watch.end()
+                end.set()
+            assert await client.answer() == (200, "")
+            client.close()
+
+    run(main())
+
+
+def test_connections_that_are_closing_are_waited_for() -> None:
+    """Here until the client reads, which it does only when nothing else goes on."""
+
+    async def main() -> None:
+        sent: List[asyncio.Transport] = []
+
+        async def large(request: web.Request) -> web.Response:
+            transport = request.transport
+            assert transport is not None
+            sent.append(transport)
+            # So that the handler does not wait for the client to read.
+            transport.set_write_buffer_limits(high=2**30)
+            return web.Response(body=bytes(2**24))
+
+        async def read_at_last(client: socket.socket) -> None:
+            for _ in range(500):
+                await asyncio.sleep(0)
+            loop = asyncio.get_running_loop()
+            while await loop.sock_recv(client, 2**20):
+                pass
+
+        app = web.Application()
+        app.router.add_get("/", large)
+        async with serve(app) as service:
+            assert service.runner.server is not None
+            client = await service.connect()
+            async with _watching(allow=lambda chain: True):
+                await client.get()
+                while not sent:
+                    await asyncio.sleep(0)
+                (transport,) = sent
+                while not transport.get_write_buffer_size():
+                    await asyncio.sleep(0)
+                await spin()
+                client.sock.shutdown(socket.SHUT_WR)
+                while not transport.is_closing():
+                    await asyncio.sleep(0)
+                sent.clear()
+                reading = asyncio.ensure_future(read_at_last(client.sock))
+            assert not service.runner.server.connections
+            await reading
+            client.close()
+
+    run(main())
+
+
+def test_a_soak_looks_at_what_is_new() -> None:
+    """What was there before, mostly much more, is left out of each collection."""
+    old: List[Any] = [[]]
+    old.append(old)
+    seen = []
+
+    async def call() -> None:
+        if not seen:
+            seen.append(any(each is old for each in gc.get_objects()))
+
+    run(_soak(call))
+    assert seen == [False]
+    assert any(each is old for each in gc.get_objects())
 
 
 def test_nobody_else_patches_requests() -> None:
