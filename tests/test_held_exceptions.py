@@ -17,7 +17,7 @@ from aiohttp_cyclebreak.frames import COUNTS_ARE_EXACT
 from aiohttp_cyclebreak.holders import MOST_NOTED
 from aiohttp_cyclebreak.sever import sever
 
-from .service import alive, no_collector, run, serve
+from .service import AIOHTTP, alive, no_collector, run, serve
 
 if sys.version_info >= (3, 11):
     from builtins import ExceptionGroup
@@ -796,6 +796,7 @@ def test_a_request_that_goes_on_finds_the_locals_of_what_it_has_in_a_list() -> N
     assert len(failures) == FAILURES
 
 
+@pytest.mark.skipif(AIOHTTP < (3, 8, 2), reason="it cancels the handler")
 def test_a_websocket_whose_handler_goes_on_is_left_alone() -> None:
     """It is among the locals of what fails again and again."""
     tasks: List[Any] = []

@@ -534,6 +534,7 @@ def test_what_a_closed_loop_left_is_collected_during_a_request(
     close_the_loop_and_collect_in(lambda: run(main()), name, end, monkeypatch)
 
 
+@pytest.mark.skipif(AIOHTTP < (3, 8, 2), reason="it cancels those handlers")
 @pytest.mark.parametrize("guard", GUARDS)
 def test_a_client_that_goes_away_before_it_hears_that_nothing_is_there(
     guard: str,
