@@ -59,7 +59,7 @@ class Uploads(NamedTuple):
     hold: float = 0.3
     begin_over: float = 0.3
     keep_alive: bool = False
-    rounds: int = 5
+    rounds: int = 3
     fresh: bool = True  # a process of its own for each round
 
     @property
