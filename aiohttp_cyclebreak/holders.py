@@ -6,6 +6,7 @@ when the last of them is done with it.
 
 import asyncio
 import contextlib
+import threading
 from contextvars import Context
 from functools import partial
 from types import TracebackType
@@ -63,6 +64,10 @@ MOST_NOTED = 100
 
 _SOON = 1.0  # seconds
 
+# Threads may have loops of their own, and requests with the same exceptions.  It can be
+# taken again by who has it, as a weak reference's callback may come at any moment.
+_changing = threading.RLock()
+
 
 def _forget_holder(keys: List[int], holder: "ref[Holder]") -> None:
     """Forget who had exceptions in hand, and is gone since its loop was closed."""
@@ -71,14 +76,12 @@ def _forget_holder(keys: List[int], holder: "ref[Holder]") -> None:
 
 
 def _take_from_hand(key: int, holder: "ref[Holder]") -> None:
-    holders = in_hand.get(key)
-    if holders is not None:
-        holders.pop(id(holder), None)
-        if not holders:
-            # Another thread, with a loop of its own, may have noted it meanwhile.
-            left = in_hand.pop(key, None)
-            if left:
-                in_hand.setdefault(key, {}).update(left)
+    with _changing:
+        holders = in_hand.get(key)
+        if holders is not None:
+            holders.pop(id(holder), None)
+            if not holders:
+                in_hand.pop(key, None)
 
 
 if TYPE_CHECKING:
@@ -118,10 +121,12 @@ class Holder:
         for exc in graph(root) if leads_on(root) else (root,):
             key = id(exc)
             self.in_hand.append(key)
-            holders = None
-            while holders is None or in_hand.get(key) is not holders:  # as above
-                holders = in_hand.setdefault(key, {})
-                holders[id(own)] = own
+            with _changing:
+                holders = None
+                # A collection in between may call the function above.
+                while holders is None or in_hand.get(key) is not holders:
+                    holders = in_hand.setdefault(key, {})
+                    holders[id(own)] = own
 
     def _let_go(self) -> None:
         own = self.reference
