@@ -713,6 +713,34 @@ def test_names_are_bounded() -> None:
     ]
 
 
+def test_ten_routes_are_in_a_report() -> None:
+    """Those that most is left of; how many others there are is said."""
+
+    async def keeps(request: web.Request) -> web.Response:
+        HELD.append(request)
+        return web.Response()
+
+    async def main() -> None:
+        app = web.Application()
+        for number in range(12):
+            app.router.add_get(f"/{number}", keeps)
+        setup(app, radar=BY_HAND)
+        async with serve(app) as service:
+            for number in (*range(12), *range(2, 12)):
+                await service.ask(f"/{number}")
+            await closed(service)
+            await look(app)
+            await look(app, 31.0)
+
+    with logged() as messages:
+        run(main())
+    _, *lines = messages[0].splitlines()
+    assert [line.partition(",")[0] for line in lines[:11]] == [
+        *(f"    /{number}: 2" for number in range(2, 12)),
+        "    and 2 more routes",
+    ]
+
+
 def test_pairs_of_names_are_bounded() -> None:
     """Many routes, and many types on each, are named up to a limit."""
     counts = Counts()
