@@ -30,7 +30,7 @@ from aiohttp_cyclebreak.cli_check import make_plan
 
 from .service import LOOPS, TIMEOUT, serve
 from .service import run as run_loop
-from .test_cli import MODULE, POSIX, Terminal
+from .test_cli import MODULE, POSIX, TELLS_ITS_END, Terminal
 from .test_cli import run as run_command
 
 pytestmark = [
@@ -67,6 +67,12 @@ async def move(request):
 
 async def hold(request):
     held.append(request)
+    return web.Response()
+
+
+async def hold_the_first(request):
+    if not held:
+        held.append(request)
     return web.Response()
 
 
@@ -159,7 +165,7 @@ def create_app(*args, **named):
     app.router.add_post("/upload", upload)
     app.router.add_post("/receive", receive)
     handlers = move, hold, cycle, collect, switch_on, allocate, drop, stream, die
-    for handler in (*handlers, hang_up, visit, count, argv, told):
+    for handler in (*handlers, hold_the_first, hang_up, visit, count, argv, told):
         app.router.add_get(f"/{handler.__name__}", handler)
     return app
 
@@ -497,6 +503,14 @@ def test_nothing_is_served(folder: str) -> None:
     failed = dataclasses.replace(report.guarded, answers=[{"500": 3}])
     report = dataclasses.replace(report, guarded=failed)
     assert report.hint.startswith("GET /told was always answered by 500")
+
+
+def test_what_is_made_once_is_no_leak(folder: str) -> None:
+    """What the first request leaves, when something is set up, is not counted."""
+    plan = Plan("leaky:app", (Request("GET", "/hold_the_first"),), (), folder, 1)
+    report = check.run(plan)
+    assert (report.bare.served, report.bare.held) == (1, 0)
+    assert (report.guarded.served, report.guarded.left) == (1, 0)
 
 
 def test_a_lasting_task_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -996,9 +1010,9 @@ def test_in_a_terminal(folder: str) -> None:
 
 @POSIX
 def test_is_interrupted(folder: str) -> None:
-    """Ctrl-C is exit 130, and the application's process is ended."""
+    """Ctrl-C is exit 130 at once, and the application's process is ended."""
     args = ["check", "leaky:app", "--chdir", folder, "--requests", "2000"]
-    terminal = Terminal(MODULE, *args)
+    terminal = Terminal(TELLS_ITS_END, *args)
     terminal.read("  1% bare")
     children = pathlib.Path(f"/proc/{terminal.process.pid}/task")
     pids = [
@@ -1010,6 +1024,7 @@ def test_is_interrupted(folder: str) -> None:
     assert terminal.end() == 130
     assert "interrupted" in terminal.text
     assert "Traceback" not in terminal.text
+    assert "shut down" not in terminal.text  # nothing is waited for
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

@@ -25,6 +25,12 @@ WITHOUT_RICH = (
     "import runpy, sys; sys.modules['rich'] = None; "
     "runpy.run_module('aiohttp_cyclebreak', run_name='__main__')",
 )
+# Says so when Python shuts down, which it does unless the process is ended at once.
+TELLS_ITS_END = (
+    "-c",
+    "import atexit, runpy; atexit.register(print, 'shut down'); "
+    "runpy.run_module('aiohttp_cyclebreak', run_name='__main__')",
+)
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
 
 
