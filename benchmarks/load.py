@@ -59,7 +59,7 @@ class Uploads(NamedTuple):
     hold: float = 0.3
     begin_over: float = 0.3
     keep_alive: bool = False
-    rounds: int = 3
+    rounds: int = 2
     fresh: bool = True  # a process of its own for each round
 
     @property
@@ -84,7 +84,7 @@ class Requests(NamedTuple):
     """Small requests at a fixed rate on kept connections; every second is refused."""
 
     rate: float = 800.0
-    seconds: float = 2.0
+    seconds: float = 1.0
     connections: int = 100
     hold: float = 0.05
     rounds: int = 8
