@@ -384,7 +384,7 @@ def targets(results: Dict[str, Any]) -> str:
                 value = result["full_collections"]
                 put(on, f"{where}: full collections", 0, value, ".0f")
                 value = result["p99.9_more_ms"]
-                turns = result.get("p99.9_more_ms_range", ())
+                turns = result["p99.9_more_ms_range"]
                 what = f"{where}: p99.9, ms more than bare"
                 put(on, what, 0, value, "+.1f", turns)
     columns = list(dict.fromkeys(key for cells in measured.values() for key in cells))
