@@ -76,6 +76,7 @@ __all__ = (
     "resume_reading",
     "route_of",
     "subapps",
+    "take_off",
 )
 
 

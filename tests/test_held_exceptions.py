@@ -789,6 +789,16 @@ def test_a_request_that_goes_on_and_on_keeps_few_of_its_failures(
     assert left == 0
 
 
+@pytest.mark.parametrize(
+    "how", ["retried", "clones that fail", "clones that refuse", "clones that succeed"]
+)
+def test_without_a_guard_a_request_that_goes_on_keeps_none(how: str) -> None:
+    """Or the test above would be of a leak, and not of what is worse than bare."""
+    [kept, left] = run(go_on_failing(lambda app: None, how))
+    assert kept <= 1
+    assert left <= 1
+
+
 def test_a_request_that_goes_on_finds_the_locals_of_what_it_has_in_a_list() -> None:
     """It may report all of them in the end."""
     failures: List[BaseException] = []
