@@ -515,7 +515,8 @@ def _release_read_body(
             # References: the list, the variable, the argument; the connection's frame.
             known = 3 + connection.holds(exc)
             if getrefcount(exc) == known and goes_by_itself(exc):
-                if getweakrefs(exc):
+                # A finalizer may report it, as who has a weak reference may.
+                if getweakrefs(exc) or hasattr(type(exc), "__del__"):
                     for frame in frames_of(exc):
                         empty(frame)
                 else:

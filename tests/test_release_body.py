@@ -385,6 +385,26 @@ def test_who_refers_to_a_response_weakly_prints_its_traceback(guard: str) -> Non
     assert run(main()) == (4 if guard == "bare" else 0)
 
 
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_response_that_is_finalized_prints_its_traceback(guard: str) -> None:
+    """All the same the idle connection does not keep the body."""
+    printed: List[str] = []
+
+    class Refused(web.HTTPBadRequest):
+        def __del__(self) -> None:
+            printed.extend(traceback.format_tb(self.__traceback__))
+
+    async def refuse(request: web.Request) -> web.Response:
+        await request.read()
+        raise Refused
+
+    app = application(refuse)
+    GUARDS[guard](app)
+    assert run(kept_by_an_idle_connection(app)) == [4 if guard == "bare" else 0]
+    gc.collect()
+    assert "in refuse" in printed[-1]
+
+
 def setup_and_append(app: web.Application) -> None:
     setup(app)
     app.middlewares.append(cyclebreak())
