@@ -92,7 +92,8 @@ def load_origin(part: Dict[str, Any], load: str) -> str:
             f"{of['number']:,} POSTs of {of['size'] // 1000} kB, {of['at_a_time']} at "
             f"a time, each read, held for {of['hold']} s and refused with "
             f"``web.HTTPBadRequest``: {of['at_a_time'] * of['size'] // 10**6} MB are "
-            f"in flight. They come {of['rounds']} times, to a new process each. "
+            f"in flight. They come {of['rounds']} times, to a new process each, and "
+            "twice as often to that to which a limit applies, and to its control. "
         )
         if of.get("begin_over"):
             text += f"They begin one after the other, over {of['begin_over']} s. "
@@ -101,7 +102,8 @@ def load_origin(part: Dict[str, Any], load: str) -> str:
             f"{of['rate']:.0f} small requests a second on {of['connections']} kept "
             f"connections, each of which waits {of['hold'] * 1e3:.0f} ms, as for a "
             "database; every second one is refused with ``web.HTTPBadRequest``. They "
-            f"come in {of['rounds']} turns of {of['seconds']:g} s each. "
+            f"come in {of['rounds']} turns of {of['seconds']:g} s each, twice as many "
+            "where a limit applies. "
         )
     return text + origin(part)
 
