@@ -810,6 +810,7 @@ def test_an_answer_has_no_end(folder: str) -> None:
         (["m:a", "--request=CONNECT example.com:443"], ["does not begin with a /"]),
         (["m:a", "--request=GET /b\xe9"], ["%XX"]),
         (["m:a", "--request=GET / x"], ['"METHOD PATH"']),
+        (["m:a", "--request=G\xc9T /"], ['"METHOD PATH"']),
         (["m:a", "--request="], ['"METHOD PATH"']),
         (["m:a", "--request=GET /", "--header=secret"], ["header 1 is not"]),
         (["m:a", "--header=X: secret\r\nY: z"], ["header 1 is not"]),
@@ -948,6 +949,9 @@ def test_a_request_shows_no_secret() -> None:
     request = make_request("GET /a?token=secret", ["X: secret"], b"secret")
     assert str(request) == "GET /a?..."
     assert "secret" not in repr(request)
+    gone = make_request("POST /", body=b"secret", abort_after=3)
+    assert str(gone) == "POST / aborted after 3 of 6 bytes"
+    assert "secret" not in repr(gone)
     plan = Plan("m:create_app('secret')", (request,), words=("--secret",))
     assert "secret" not in repr(plan)
     assert "secret" not in repr(parse_target(plan.target))
