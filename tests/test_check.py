@@ -391,6 +391,7 @@ def test_the_guard_of_the_application_itself(folder: str) -> None:
     assert report.is_clean
     assert not report.hint
     assert own.guard == "the application's own"
+    assert report.sentence.endswith("of 10 guarded, none is left.")
 
     none = dataclasses.replace(own, target="leaky:create_app")
     report = check.run(none)
@@ -399,6 +400,9 @@ def test_the_guard_of_the_application_itself(folder: str) -> None:
     assert {chain["kind"] for chain in report.guarded.chains} == {"delayed"}
     assert report.sentence.endswith("10 wait for the garbage collector.")
     assert "keep_cycles" in report.hint
+    for told in {"left": 0}, {"chains": []}:
+        run = dataclasses.replace(report.guarded, **told)  # type: ignore[arg-type]
+        assert not dataclasses.replace(report, guarded=run).hint
     assert not dataclasses.replace(
         report, plan=dataclasses.replace(none, own_guard=False)
     ).hint
