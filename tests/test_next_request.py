@@ -27,6 +27,7 @@ from aiohttp_cyclebreak import (
 from .service import (
     AIOHTTP,
     LOOPS,
+    TIMEOUT,
     Client,
     alive,
     idle,
@@ -978,6 +979,7 @@ def test_what_is_put_off_is_nobody_elses_for_long(api: str) -> None:
     """Only while it is the answer of its own request, not of the next one."""
 
     async def main(install: Guard) -> List[List[str]]:
+        begun = asyncio.Event()
         go_on = asyncio.Event()
         last: List[BaseException] = []
 
@@ -992,6 +994,7 @@ def test_what_is_put_off_is_nobody_elses_for_long(api: str) -> None:
                 raise web.HTTPGone from exc
 
         async def slow(request: web.Request) -> web.Response:
+            begun.set()
             await go_on.wait()
             return web.Response()
 
@@ -1004,11 +1007,15 @@ def test_what_is_put_off_is_nobody_elses_for_long(api: str) -> None:
             busy = await service.connect()
             assert await ask(busy, "/refuse/1") == 400
             await busy.get("/slow")
+            await asyncio.wait_for(begun.wait(), TIMEOUT)
+            server: Any = service.runner.server
             found = []
             for _ in range(2):
                 other = await service.connect()
                 assert await ask(other, "/again") == 410
                 other.close()
+                while len(server.connections) > 1:
+                    await asyncio.sleep(0)
                 await spin()
                 found.append(sorted(each.path for each in alive()))
             go_on.set()
@@ -1030,10 +1037,13 @@ def test_what_is_put_off_is_nobody_elses_for_long(api: str) -> None:
 def test_an_answer_that_fails_keeps_nothing(api: str) -> None:
     """The request has succeeded; what fails comes after all middlewares."""
 
-    async def fail(request: web.Request, response: web.StreamResponse) -> None:
-        raise LookupError("while the response is prepared")
-
     async def main(install: Guard) -> int:
+        failed = asyncio.Event()
+
+        async def fail(request: web.Request, response: web.StreamResponse) -> None:
+            failed.set()
+            raise LookupError("while the response is prepared")
+
         app = application()
         app.on_response_prepare.append(fail)
         install(app)
@@ -1043,6 +1053,8 @@ def test_an_answer_that_fails_keeps_nothing(api: str) -> None:
                 for _ in range(3):
                     client = await service.connect()
                     await client.get("/")
+                    await asyncio.wait_for(failed.wait(), TIMEOUT)
+                    failed.clear()
                     await spin()
                     client.close()
                     await service.settle()

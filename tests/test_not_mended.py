@@ -10,7 +10,7 @@ from aiohttp import web
 
 from aiohttp_cyclebreak import BreakEvent, setup
 
-from .service import AIOHTTP, alive, go_away, no_collector, run, serve, spin
+from .service import AIOHTTP, TIMEOUT, alive, go_away, no_collector, run, serve, spin
 from .test_next_request import (
     GUARDS,
     application,
@@ -195,9 +195,11 @@ def test_the_last_request_before_one_that_takes_its_time(
         monkeypatch.setattr(web.Application, "_handle", swallow)
 
     async def main(guard: Any) -> List[List[str]]:
+        begun = asyncio.Event()
         go_on = asyncio.Event()
 
         async def slow(request: web.Request) -> web.Response:
+            begun.set()
             await go_on.wait()
             return web.Response()
 
@@ -209,6 +211,7 @@ def test_the_last_request_before_one_that_takes_its_time(
             for number in range(3):
                 assert await ask(client, f"/refuse/{number}") == 400
             await client.get("/slow")
+            await asyncio.wait_for(begun.wait(), TIMEOUT)
             await spin()
             found = [sorted(each.path for each in alive())]
             go_on.set()
