@@ -119,10 +119,12 @@ class _Client:
         port: int,
         begun: Callable[[], int] = lambda: 0,
         is_unread: Callable[[], bool] = lambda: True,
+        is_accepted: Callable[[], bool] = lambda: True,
     ) -> None:
         self._port = port
         self._begun = begun
         self._is_unread = is_unread
+        self._is_accepted = is_accepted
         # One thread: the default executor starts more of them as it goes.
         self._thread = ThreadPoolExecutor(1)
         self._staying: List[socket.socket] = []
@@ -159,6 +161,8 @@ class _Client:
                     sock.recv(65536)
                 elif step is Step.BEGUN:
                     self._wait(partial(self._have_begun, begun + sent), step)
+                elif step is Step.ACCEPTED:
+                    self._wait(self._is_accepted, step)
                 elif step is Step.UNREAD:
                     self._wait(self._is_unread, step)
                 elif step is Step.STAY:
@@ -303,6 +307,12 @@ def _is_unread(server: web.Server) -> bool:
     return any(each and each.get_write_buffer_size() for each in transports)
 
 
+def _is_reading(server: web.Server) -> bool:
+    """Whether a server reads from a connection, and so is to see that it is closed."""
+    transports: Any = [each.transport for each in server.connections]
+    return any(each and each.is_reading() for each in transports)
+
+
 def remedy(leak: Leak) -> "Dict[str, Callable[[Any], Any]]":
     """What stops a leak, as arguments for :func:`measure`."""
     if leak.remedy is Remedy.SERVER:
@@ -354,6 +364,7 @@ async def measure(
             sock.getsockname()[1],
             lambda: server.requests_count,
             partial(_is_unread, server),
+            lambda: bool(server.connections),
         )
         tasks = set(asyncio.all_tasks())
         busy = partial(getattr, server, "connections")
@@ -365,6 +376,10 @@ async def measure(
                     await client.pay(steps)
                     if lasts(steps):
                         await spin()
+                        if Step.LEAVE in steps:
+                            await _settle(
+                                partial(_is_reading, server), asyncio.all_tasks()
+                            )
                     else:
                         await _settle(busy, tasks)
 
@@ -425,7 +440,7 @@ async def measure_floor() -> Floor:
 
     sock = _listen()
     server = await loop.create_server(Protocol, sock=sock)
-    client = _Client(sock.getsockname()[1])
+    client = _Client(sock.getsockname()[1], is_accepted=lambda: bool(open_connections))
     tasks = set(asyncio.all_tasks())
 
     async def count(times: int, visit: Callable[[], Awaitable[None]]) -> float:
@@ -437,15 +452,18 @@ async def measure_floor() -> Floor:
 
     async def call_out() -> None:
         transport, _ = await loop.create_connection(Protocol, *sock.getsockname())
+        while len(open_connections) < 2:  # both ends
+            await asyncio.sleep(0)
         transport.close()
 
+    closing: Steps = (b"x", Step.ACCEPTED)
     try:
-        await count(1, partial(client.pay, (b"x",)))
+        await count(1, partial(client.pay, closing))
         await count(1, call_out)
-        closed = await count(_VISITS, partial(client.pay, (b"x",)))
+        closed = await count(_VISITS, partial(client.pay, closing))
         return Floor(
             closed=closed,
-            reset=await count(_VISITS, partial(client.pay, (b"x", Step.RESET))),
+            reset=await count(_VISITS, partial(client.pay, (*closing, Step.RESET))),
             outgoing=await count(_VISITS, call_out) - closed,
         )
     finally:

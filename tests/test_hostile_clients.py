@@ -379,10 +379,14 @@ def test_shutdown_with_clients_in_every_phase(cancellation: bool, loop: str) -> 
             clients.append(await service.connect())
             await behave(clients[-1])  # one that is idle
             await until(lambda: len(server.connections) == len(clients))
+            transports = [each.transport for each in server.connections]
             await runner.cleanup()
             for client in clients:
                 client.close()
             await until(lambda: len(asyncio.all_tasks()) == 1)
+            # One that has something to send is closed when its client is known to be.
+            await until(lambda: not any(t.get_write_buffer_size() for t in transports))
+            transports.clear()
             assert state.ended == state.begun
             await spin()
             return count()

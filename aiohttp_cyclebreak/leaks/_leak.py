@@ -44,6 +44,7 @@ class Step(enum.Enum):
     """What a client does beside sending bytes."""
 
     ANSWER = "read one whole response"
+    ACCEPTED = "wait until the server has the connection"
     BEGUN = "wait until the server has begun to handle what was sent"
     BYTES = "wait for the first bytes of an answer, or for its end"
     UNREAD = "wait until the server waits for the client to read"

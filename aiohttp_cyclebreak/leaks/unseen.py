@@ -38,12 +38,22 @@ def _leak(variant: str, title: str, visit: Visit, affected: Affected = _ALL) -> 
 
 
 LEAKS = (
-    _leak("probe", "a probe: a connection without a request", (), _CLOSE_CANCEL),
-    _leak("probe-reset", "a probe that is reset", (Step.RESET,), _CLOSE_CANCEL),
+    _leak(
+        "probe",
+        "a probe: a connection without a request",
+        (Step.ACCEPTED,),
+        _CLOSE_CANCEL,
+    ),
+    _leak(
+        "probe-reset",
+        "a probe that is reset",
+        (Step.ACCEPTED, Step.RESET),
+        _CLOSE_CANCEL,
+    ),
     _leak(
         "partial",
         "the client closes in the middle of the headers",
-        (b"GET / HT",),
+        (b"GET / HT", Step.ACCEPTED),
         _CLOSE_CANCEL,
     ),
     _leak("malformed", "a malformed request line", (b"not HTTP\r\n\r\n", Step.BYTES)),
