@@ -6,6 +6,7 @@ when the last of them is done with it.
 
 import asyncio
 import contextlib
+import os
 import threading
 from contextvars import Context
 from functools import partial
@@ -67,6 +68,16 @@ _SOON = 1.0  # seconds
 # Threads may have loops of their own, and requests with the same exceptions.  It can be
 # taken again by who has it, as a weak reference's callback may come at any moment.
 _changing = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """Have another lock in a forked process: who has this one may not be there."""
+    global _changing
+    _changing = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _forget_holder(keys: List[int], holder: "ref[Holder]") -> None:

@@ -5,9 +5,11 @@ import contextlib
 import logging
 import os
 import queue
+import signal
 import sys
 import threading
 import traceback
+import warnings
 from typing import Any, Callable, Dict, List, Tuple, Type
 
 import pytest
@@ -23,7 +25,7 @@ from aiohttp_cyclebreak import (
 )
 
 from .naive import NAIVE
-from .service import LOOPS, alive, no_collector, run, serve, spin
+from .service import LOOPS, TIMEOUT, alive, no_collector, run, serve, spin
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -1055,3 +1057,45 @@ def test_threads_with_loops_of_their_own_note_the_same_exception() -> None:
         sys.setswitchinterval(interval)
     assert failed == []
     assert not holders.somebody_has(outage)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows")
+def test_a_forked_process_does_not_wait_for_a_thread_that_it_has_not() -> None:
+    """One that notes an exception at that moment is not there to be done with it."""
+    notes, forked = threading.Event(), threading.Event()
+
+    def note() -> None:
+        with holders._changing:
+            notes.set()
+            forked.wait()
+
+    async def handler(request: web.Request) -> web.Response:
+        raise LookupError("it is not there")
+
+    async def main() -> int:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        setup(app)
+        async with serve(app) as service:
+            status, _ = await service.ask()
+            await service.settle()
+        return status
+
+    thread = threading.Thread(target=note)
+    thread.start()
+    notes.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from CPython 3.12 on: what could hang is here
+        child = os.fork()
+    if not child:
+        status = 0
+        try:
+            signal.alarm(int(TIMEOUT))
+            status = run(main()) // 100
+        finally:
+            os._exit(status)
+    forked.set()
+    thread.join()
+    _, ended = os.waitpid(child, 0)
+    assert not os.WIFSIGNALED(ended)
+    assert os.WEXITSTATUS(ended) == 5
