@@ -58,7 +58,7 @@ def drop_older_entries(exc: BaseException, emptied: Container[int]) -> None:
                 if head is entry:
                     return
                 if head is not None:
-                    set_traceback(exc, _copy(entries[:newer], head))
+                    _replace(exc, entries[0], _copy(entries[:newer], head))
                     return
                 is_another = True
             if is_another or not is_older:
@@ -89,6 +89,23 @@ def _copy(
             line = -1
         rest = TracebackType(rest, each.tb_frame, each.tb_lasti, line)
     return rest
+
+
+def _replace(
+    exc: BaseException, first: TracebackType, shortened: Optional[TracebackType]
+) -> None:
+    """Give an exception a shorter traceback, if it still has the one that was read.
+
+    Another thread, with a loop and requests of its own, may have raised the same
+    instance meanwhile: it would lose its lines.
+
+    Args:
+        exc: the exception.
+        first: the first entry of what was read.
+        shortened: what takes its place.
+    """
+    if traceback_of(exc) is first:
+        set_traceback(exc, shortened)
 
 
 # So many entries stay of the newest, of those from each function on that goes on, and
@@ -122,9 +139,7 @@ def drop_ended_entries(exc: BaseException) -> None:
             to_keep -= 1
     # Not for a few, or the entries that stay would be copied for each request.
     if len(entries) > 2 * (len(kept) + _MOST_OF_EACH):
-        shortened = _copy(kept, entries[-_MOST_OF_EACH])
-        if traceback_of(exc) is entries[0]:  # or a thread has raised it meanwhile
-            set_traceback(exc, shortened)
+        _replace(exc, entries[0], _copy(kept, entries[-_MOST_OF_EACH]))
 
 
 def _of_first_time(entry: Optional[TracebackType], key: int) -> Optional[TracebackType]:

@@ -10,7 +10,7 @@ import threading
 import traceback
 import weakref
 from collections import deque
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
@@ -37,7 +37,7 @@ from aiohttp_cyclebreak.running import (
     in_flight,
 )
 from aiohttp_cyclebreak.sever import Cut, sever
-from aiohttp_cyclebreak.tracebacks import drop_ended_entries
+from aiohttp_cyclebreak.tracebacks import _copy, drop_ended_entries
 
 if sys.version_info >= (3, 11):
     from builtins import BaseExceptionGroup, ExceptionGroup
@@ -153,6 +153,39 @@ def test_an_instance_raised_again_and_again_prints_where_it_comes_from() -> None
         sizes.append(len(list(frames_of(first))))
         sever([first])
     assert sizes[1:] == sizes[1:2] * 4
+
+
+def test_what_another_thread_raises_while_it_is_severed_prints() -> None:
+    """It may be one instance for all, raised by the requests of several loops."""
+    outage = LookupError("one for all")
+
+    def fail() -> None:
+        raise outage
+
+    def fail_elsewhere() -> None:
+        fail()
+
+    def raise_meanwhile(frame: FrameType, event: str, arg: object) -> None:
+        if frame.f_code is _copy.__code__ and event == "return":
+            sys.setprofile(None)
+            thread = threading.Thread(target=caught, args=(fail_elsewhere,))
+            thread.start()
+            thread.join()
+
+    for _ in range(2):
+        sever([caught(fail)])
+    sever_meanwhile = functools.partial(sever, [caught(fail)])
+    sys.setprofile(raise_meanwhile)
+    try:
+        sever_meanwhile()
+    finally:
+        sys.setprofile(None)
+    assert "fail_elsewhere" in "".join(traceback.format_tb(outage.__traceback__))
+    for _ in range(2):
+        sever([caught(fail)])
+    text = "".join(traceback.format_tb(outage.__traceback__))
+    assert "fail_elsewhere" not in text
+    assert text.count("raise outage") == 2
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="every entry has a line there")
