@@ -239,6 +239,12 @@ def hangs():
     time.sleep(3600)
 
 
+def ends_if_guarded():
+    if os.environ["AIOHTTP_CYCLEBREAK"] == "on":
+        os._exit(3)
+    return app
+
+
 def gives_nothing():
     pass
 """
@@ -790,6 +796,17 @@ def test_an_application_dies(folder: str) -> None:
     assert str(caught.value) == "the application's process ended with code 3"
     assert caught.value.output == "about to die"
     assert caught.value.tried.startswith("send requests")
+
+
+def test_an_application_dies_where_it_is_guarded(folder: str) -> None:
+    """Before it serves: that is not called a slow start."""
+    plan = Plan("leaky:ends_if_guarded", (Request("GET", "/move"),), chdir=folder)
+    with pytest.raises(CheckFailed) as caught:
+        check.run(plan)
+    assert str(caught.value) == "the application's process ended with code 3"
+    assert caught.value.tried == (
+        "call leaky:ends_if_guarded() (guarded by setup(app) and guard_server(runner))"
+    )
 
 
 def test_an_answer_has_no_end(folder: str) -> None:
