@@ -65,7 +65,6 @@ class Uploads(NamedTuple):
     begin_over: float = 0.3
     keep_alive: bool = False
     rounds: int = 2
-    fresh: bool = True  # a process of its own for each round
 
     @property
     def in_flight(self) -> int:
@@ -89,11 +88,10 @@ class Requests(NamedTuple):
     """Small requests at a fixed rate on kept connections; every second is refused."""
 
     rate: float = 800.0
-    seconds: float = 1.0
+    seconds: float = 2.5
     connections: int = 100
     hold: float = 0.05
-    rounds: int = 8
-    fresh: bool = False
+    rounds: int = 4
     in_flight: int = 0
 
     async def warm_up(self, service: Service) -> Any:
@@ -224,22 +222,15 @@ async def compare(
     gc.freeze()
     gc.disable()  # what this process does must not be seen in the latencies
     try:
-        if not load.fresh:
-            for run in runs:
-                await run.start(environments, python, others)
         for _ in range(load.rounds):
             turns = [run for run in runs for _ in range(run.contender.turns)]
             order.shuffle(turns)
             for run in turns:
-                if load.fresh:
-                    await run.start(environments, python, others)
+                # A new process each: some take a third more CPU than others.
+                await run.start(environments, python, others)
                 await run.turn()
-                if load.fresh:
-                    await run.stop()
-                gc.collect()
-        if not load.fresh:
-            for run in runs:
                 await run.stop()
+                gc.collect()
     finally:
         gc.enable()
         gc.unfreeze()

@@ -102,8 +102,8 @@ def load_origin(part: Dict[str, Any], load: str) -> str:
             f"{of['rate']:.0f} small requests a second on {of['connections']} kept "
             f"connections, each of which waits {of['hold'] * 1e3:.0f} ms, as for a "
             "database; every second one is refused with ``web.HTTPBadRequest``. They "
-            f"come in {of['rounds']} turns of {of['seconds']:g} s each, twice as many "
-            "where a limit applies. "
+            f"come in {of['rounds']} turns of {of['seconds']:g} s each, to a new "
+            "process each, and in twice as many where a limit applies. "
         )
     return text + origin(part)
 

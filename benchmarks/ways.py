@@ -46,24 +46,17 @@ THRESHOLD = (100, 5, 5)
 
 
 class Timer:
-    """Collects every second of the time that it runs, in one turn or in several."""
-
-    def __init__(self) -> None:
-        self._left = TIMER
+    """Collects every second."""
 
     def start(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._due = loop.time() + self._left
-        self._handle = loop.call_at(self._due, self._collect)
+        self._handle = asyncio.get_running_loop().call_later(TIMER, self._collect)
 
     def _collect(self) -> None:
-        self._left = TIMER
         gc.collect()
         self.start()
 
     def stop(self) -> None:
         self._handle.cancel()
-        self._left = self._due - asyncio.get_running_loop().time()
 
 
 class LowThreshold:
