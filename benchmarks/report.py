@@ -381,8 +381,8 @@ def targets(results: Dict[str, Any]) -> str:
                     value = result["growth_in_flight"]
                     put(on, f"{where}: memory, times in flight", 1.5, value, ".2f")
                 else:
-                    value = result["cpu_times"]
-                    put(on, f"{where}: CPU, times bare", 1.0, value, ".2f")
+                    value, turns = result["cpu_times"], result["cpu_times_range"]
+                    put(on, f"{where}: CPU, times bare", 1.0, value, ".2f", turns)
                 value = result["full_collections"]
                 put(on, f"{where}: full collections", 0, value, ".0f")
                 value = result["p99.9_more_ms"]
