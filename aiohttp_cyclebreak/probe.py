@@ -452,8 +452,7 @@ async def measure_floor() -> Floor:
 
     async def call_out() -> None:
         transport, _ = await loop.create_connection(Protocol, *sock.getsockname())
-        while len(open_connections) < 2:  # both ends
-            await asyncio.sleep(0)
+        await _settle(lambda: len(open_connections) < 2, tasks)  # until both ends are
         transport.close()
 
     closing: Steps = (b"x", Step.ACCEPTED)

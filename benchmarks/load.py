@@ -10,7 +10,7 @@ import gc
 import random
 import statistics
 import time
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
 from clients import Load, upload
 from processes import FIXED, MILLION, NEWEST, SUSPECT, Environments, Service, say
@@ -29,7 +29,7 @@ class Contender(NamedTuple):
     turns: int = 1  # a round
 
 
-# Those to which a limit applies, and their controls, come twice as often.
+# Those to which a limit applies, and what they stand beside, come twice as often.
 CONTENDERS = (
     Contender("3.10.11", SUSPECT, turns=2),
     Contender("3.10.11, setup(app)", SUSPECT, way="setup()", turns=2),
@@ -188,7 +188,7 @@ class Run:
         return result
 
 
-def _pairs(mine: List[float], other: List[float]) -> Any:
+def _pairs(mine: List[float], other: List[float]) -> Iterable[Tuple[float, float]]:
     """Turns of the same round: a control may have come more often in each."""
     return zip(mine, other[:: len(other) // len(mine)])
 

@@ -83,6 +83,11 @@ def _short(milliseconds: float) -> str:
     return f"{milliseconds:.{0 if milliseconds >= 100 else 1}f}"
 
 
+_MEASURED_TWICE = (
+    "to aiohttp 3.10.11 and to the newest, bare and with ``setup(app)`` alone"
+)
+
+
 def load_origin(part: Dict[str, Any], load: str) -> str:
     """Say what the load was, beside where it was measured."""
     group = next(each for each in part["found"] if each["load"] == load)
@@ -92,8 +97,8 @@ def load_origin(part: Dict[str, Any], load: str) -> str:
             f"{of['number']:,} POSTs of {of['size'] // 1000} kB, {of['at_a_time']} at "
             f"a time, each read, held for {of['hold']} s and refused with "
             f"``web.HTTPBadRequest``: {of['at_a_time'] * of['size'] // 10**6} MB are "
-            f"in flight. They come {of['rounds']} times, to a new process each, and "
-            "twice as often to that to which a limit applies, and to its control. "
+            f"in flight. They come {of['rounds']} times, to a new process each; twice "
+            f"as often {_MEASURED_TWICE}, and to the newest that returns a 400. "
         )
         if of.get("begin_over"):
             text += f"They begin one after the other, over {of['begin_over']} s. "
@@ -103,7 +108,7 @@ def load_origin(part: Dict[str, Any], load: str) -> str:
             f"connections, each of which waits {of['hold'] * 1e3:.0f} ms, as for a "
             "database; every second one is refused with ``web.HTTPBadRequest``. They "
             f"come in {of['rounds']} turns of {of['seconds']:g} s each, to a new "
-            "process each, and in twice as many where a limit applies. "
+            f"process each; in twice as many {_MEASURED_TWICE}. "
         )
     return text + origin(part)
 
