@@ -134,7 +134,9 @@ class LateSelector(selectors.DefaultSelector):
         told = []
         for key, events in super().select(timeout):
             turns = self._turns.pop(key.fd, 0)
-            if key.fileobj is self._first or turns == 30:
+            # Who connects is told first: the other end may take its time.
+            late = 30 if events & selectors.EVENT_WRITE else 600
+            if key.fileobj is self._first or turns == late:
                 told.append((key, events))
             else:
                 self._turns[key.fd] = turns + 1
