@@ -1,7 +1,9 @@
 """How does one route opt in or out? ``break_cycles`` and ``keep_cycles``."""
 
+import asyncio
 import functools
 import inspect
+import sys
 from typing import Any, Awaitable, Callable, Generator, Optional, TypeVar
 
 from aiohttp import web
@@ -93,19 +95,39 @@ def _decorate(name: str, handler: _Decorated, around: _Around) -> _Decorated:
         if not is_off(_NOTHING):
             _wrap_view(handler, around)
         return handler
-    if not inspect.iscoroutinefunction(handler):
+    if not _is_coroutine_function(handler):
         raise TypeError(
             f"@{name} takes a coroutine function (async def), a web.View class or a "
             f"method of one, not {handler!r}"
         )
-    try:
-        inspect.signature(handler).bind_partial(None)
-    except TypeError:
-        raise TypeError(f"@{name}: {handler!r} takes no request") from None
+    if not _takes_request(handler):
+        raise TypeError(f"@{name}: {handler!r} takes no request")
     if is_off(_NOTHING):
         return handler
     wrapper: _Decorated = _wrap_function(handler, around)
     return wrapper
+
+
+def _is_coroutine_function(handler: Any) -> bool:
+    # As aiohttp asks: before Python 3.9 inspect knows of none that is compiled, as by
+    # Cython, and such have asyncio's mark.
+    return inspect.iscoroutinefunction(handler) or (
+        sys.version_info < (3, 14) and asyncio.iscoroutinefunction(handler)
+    )
+
+
+def _takes_request(handler: Any) -> bool:
+    function = handler
+    while not inspect.isfunction(function):
+        inner = getattr(function, "__func__", None) or getattr(function, "func", None)
+        if inner is None:  # compiled; for one by mypyc inspect finds no parameters
+            return True
+        function = inner
+    try:
+        inspect.signature(handler).bind_partial(None)
+    except TypeError:
+        return False
+    return True
 
 
 def _wrap_function(handler: Callable[..., Any], around: _Around) -> Any:

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import inspect
 import traceback
+from types import MethodType
 from typing import Any, Dict, List
 
 import pytest
@@ -37,6 +38,29 @@ class Handlers:
 
 async def refuse_for(name: str, request: web.Request) -> web.Response:
     raise web.HTTPBadRequest(text=name)
+
+
+async def nothing() -> None:
+    pass
+
+
+class Compiled:
+    """What inspect sees of a function that mypyc or, before CPython 3.9, Cython made.
+
+    It has a type and a mark of its own, and its code tells nothing true.
+    """
+
+    _is_coroutine = vars(asyncio.coroutines)["_is_coroutine"]
+    __code__ = nothing.__code__
+    __defaults__ = __kwdefaults__ = None
+    __annotations__: Dict[str, Any] = {}
+
+    def __init__(self, function: Any) -> None:
+        self.__name__ = function.__name__
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
 
 
 def by_name(handler: Any) -> Any:
@@ -75,6 +99,8 @@ def targets(decorate: Any) -> Dict[str, Any]:
         "method of a View": WithMethod,
         "method of an object": WithHandler().refuse,
         "bound method": decorate(Handlers().refuse),
+        "compiled": decorate(Compiled(refuse)),
+        "compiled, bound": decorate(MethodType(Compiled(refuse_for), "no")),
         "partial": decorate(functools.partial(refuse_for, "no")),
         "request by name": by_name(decorate(refuse)),
     }
