@@ -199,14 +199,17 @@ def test_an_instance_raised_again_by_code_without_lines_gathers_nothing() -> Non
     code = fail.__code__
     no_lines = b"\xff" * (len(code.co_code) // 16 + 1)  # each of up to 8 instructions
     fail.__code__ = code.replace(co_linetable=no_lines)
+    no_line = traceback.extract_tb(caught(fail).__traceback__)[-1].lineno
+    assert no_line in (None, -1)  # the latter of early releases of CPython 3.11
     sizes = []
     for _ in range(5):
-        caught(fail)
         sever([instance])
         sizes.append(len(list(frames_of(instance))))
+        caught(fail)
     assert sizes[2:] == sizes[1:2] * 3
+    sever([instance])
     lines = [each.lineno for each in traceback.extract_tb(instance.__traceback__)]
-    assert lines[1::2] == [None, None]
+    assert lines[1::2] == [no_line, no_line]
 
 
 def test_who_has_the_id_of_another_one_prints_where_it_comes_from() -> None:
