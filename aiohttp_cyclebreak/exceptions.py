@@ -105,7 +105,9 @@ def sequence_of_group(exc: BaseException) -> Optional[Sequence[Any]]:
     if not issubclass(type(exc), group):
         return None
     for each in _ARGS.__get__(exc)[1:2]:
-        if type(each) in (list, tuple) and each is not group.exceptions.__get__(exc):
+        kind = type(each)  # which a metaclass may compare as it likes
+        is_sequence = kind is list or kind is tuple
+        if is_sequence and each is not group.exceptions.__get__(exc):
             return each  # type: ignore[no-any-return]
     return ()
 
@@ -227,13 +229,14 @@ def exceptions_in(values: Iterable[Any], lists: bool) -> List[BaseException]:
     """
     found: List[BaseException] = []
     for value in values:
+        kind = type(value)  # which a metaclass may compare as it likes
         if is_exception(value):
             found.append(value)
-        elif lists and type(value) in (list, tuple, dict):
+        elif lists and (kind is list or kind is tuple or kind is dict):
             if len(value) > _MOST_GATHERED:
                 continue
             # Copied in one step: another thread may change it.
-            for each in list(value.values() if type(value) is dict else value):
+            for each in list(value.values() if kind is dict else value):
                 if is_exception(each):
                     found.append(each)
                 elif type(each) is tuple and len(each) <= _LONGEST_ROW:

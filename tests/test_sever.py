@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 import weakref
-from collections import deque
+from collections import Counter, deque
 from types import FrameType, SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List
 
@@ -709,6 +709,27 @@ def test_what_leads_to_an_opened_loop_through_a_group_is_left_alone() -> None:
     assert member.__context__ is None
     assert first.__cause__ is member
     assert first.__context__ is group
+
+
+class Incomparable(type):
+    def __eq__(cls, other: object) -> bool:
+        raise RuntimeError("no equal")
+
+    __hash__ = type.__hash__
+
+
+class Members(List[Exception], metaclass=Incomparable):
+    """Not even its class can be compared."""
+
+
+def test_a_loop_through_a_group_of_a_sequence_that_fights_back_is_opened() -> None:
+    """A group may be made of any sequence, and keeps that."""
+    member = ValueError("member")
+    group = ExceptionGroup("group", Members([member]))
+    member.__context__ = group
+    known = Counter({id(member): 100, id(group): 100})  # so that nobody else has one
+    sever(graph(member), references=lambda: known)
+    assert member.__context__ is None
 
 
 def test_a_group_nested_a_thousand_deep() -> None:
