@@ -38,7 +38,6 @@ from . import internals
 from .counts import module_of as _module_of
 from .frames import COUNTS_ARE_EXACT
 from .naming import (
-    RESUMABLE,
     attribute_name,
     described,
     frame_name,
@@ -47,6 +46,7 @@ from .naming import (
     how_held,
     is_dict_of,
     is_of,
+    is_resumable,
     items_of,
     local_name,
     mro_of,
@@ -475,7 +475,7 @@ class _Search:
             return True
         if kind is FrameType:
             return _belongs_to(holder.f_globals, _RUNNERS)
-        if kind in RESUMABLE:
+        if is_resumable(holder):
             frame = frame_of(holder)
             return frame is not None and (
                 id(frame) in self._ignored or _belongs_to(frame.f_globals, _RUNNERS)
@@ -541,7 +541,9 @@ class _Search:
         ]
 
     def _is_passing(self, index: int) -> bool:
-        return type(self._objects[index]) in _PASSING and not self._holders[index]
+        kind = type(self._objects[index])
+        is_one = any(kind is each for each in _PASSING)
+        return is_one and not self._holders[index]
 
     def _look_through_all(self, missing: List[int]) -> List[int]:
         """Ask every object what it holds, which takes its time."""

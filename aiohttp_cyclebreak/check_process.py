@@ -42,6 +42,7 @@ from weakref import WeakSet
 from aiohttp import web
 
 from .chains import shortest_chain
+from .counts import type_name
 from .middleware import setup
 from .probe import collect_garbage, requests_alive, spin
 from .server import guard_server
@@ -154,7 +155,7 @@ def find(target: Target, words: List[str], tell: Callable[[str], None]) -> Any:
     if not callable(found):
         raise NotThere(
             f"{target.text} is neither an aiohttp.web.Application nor a function "
-            f"that makes one, but {_name(type(found))}"
+            f"that makes one, but {type_name(type(found))}"
         )
     positional, named = target.arguments or ((), {})
     if words or (target.arguments is None and _takes_one(found)):
@@ -212,11 +213,6 @@ def memory() -> Tuple[Optional[int], str]:
     return peak * unit, "peak of the resident set size"
 
 
-def _name(cls: type) -> str:
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    return name[len("builtins.") :] if name.startswith("builtins.") else name
-
-
 # What a transport of asyncio is made of, beside its methods.
 _PARTS = (dict, tuple, list, deque, bytearray, socket.socket, TransportSocket)
 
@@ -244,7 +240,7 @@ def _of_asyncio(garbage: List[Any]) -> Set[int]:
                 if type(part) is MethodType:
                     if part.__self__ is transport:
                         todo.append(part)
-                elif type(part) in _PARTS:
+                elif any(type(part) is kind for kind in _PARTS):
                     todo.append(part)
     return own
 
@@ -352,7 +348,7 @@ class _Server:
             return answer
         answer["left"] = max(0, len(requests_alive()) - len(self._before))
         garbage = _collect()
-        types = Counter(_name(type(each)) for each in garbage)
+        types = Counter(type_name(type(each)) for each in garbage)
         answer["garbage"] = dict(types.most_common())
         garbage.clear()
         gc.collect()
@@ -441,7 +437,8 @@ async def _serve(
         app, runner = made.app, made
     else:
         raise NotThere(
-            f"{target.text} makes no aiohttp.web.Application, but {_name(type(made))}"
+            f"{target.text} makes no aiohttp.web.Application, but "
+            f"{type_name(type(made))}"
         )
     if guarded:
         tell("setup(app), the guard")

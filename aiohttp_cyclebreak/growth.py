@@ -25,6 +25,8 @@ class Samples:
         """Note what there is, before and after a collection."""
         import tracemalloc
 
+        from .counts import type_name
+
         before = len(watch.left())
         collect()
         after = len(watch.left())
@@ -35,8 +37,9 @@ class Samples:
         # for each 500: a cache that fills, to 4096 of them.
         sys._clear_type_cache()  # noqa: SLF001
         self._note(sample, _BYTES, tracemalloc.get_traced_memory()[0])
-        for kind, number in Counter(map(type, gc.get_objects())).items():
-            self._note(sample, f"{kind.__module__}.{kind.__qualname__}", number)
+        kinds = Counter(type_name(type(each)) for each in gc.get_objects())
+        for name, number in kinds.items():
+            self._note(sample, name, number)
 
     def _note(self, sample: int, name: str, number: int) -> None:
         if name not in self._series:

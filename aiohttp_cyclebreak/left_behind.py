@@ -19,6 +19,7 @@ from typing import (
     Any,
     Callable,
     Dict,
+    FrozenSet,
     Iterable,
     List,
     Optional,
@@ -201,8 +202,8 @@ class Watch:
     def left(self) -> List[Any]:
         """What was made meanwhile and is alive."""
         own = self._classes
-        wanted = frozenset(own if isinstance(own, tuple) else (own,))
-        return [each for each in self._new() if not wanted.isdisjoint(_mro(each))]
+        wanted = _ids(own if isinstance(own, tuple) else (own,))
+        return [each for each in self._new() if not wanted.isdisjoint(_bases(each))]
 
     def report(self) -> Optional[str]:
         """Say what is left and why; None if nothing is, that is to blame."""
@@ -255,16 +256,20 @@ _KINDS = {
 }
 
 
-def _mro(each: Any) -> Tuple[type, ...]:
+def _ids(classes: Iterable[type]) -> FrozenSet[int]:
+    return frozenset(map(id, classes))  # a metaclass may refuse to be compared
+
+
+def _bases(each: Any) -> Iterable[int]:
     # Not issubclass(): a request's class is an abstract one, which would remember the
     # type of everything it is asked about, and CPython 3.8 does not survive some.
-    return type(each).__mro__ or ()
+    return map(id, type(each).__mro__ or ())
 
 
 def instances(classes: Iterable[type]) -> List[Any]:
     """All objects of some classes that the collector knows."""
-    wanted = frozenset(classes)
-    return [each for each in gc.get_objects() if not wanted.isdisjoint(_mro(each))]
+    wanted = _ids(classes)
+    return [each for each in gc.get_objects() if not wanted.isdisjoint(_bases(each))]
 
 
 def _nothing() -> None:
@@ -499,8 +504,10 @@ def _report_garbage() -> Optional[str]:
 
 
 def _kind(each: Any) -> str:
-    if isinstance(each, type):
-        return f"class {each.__module__}.{each.__qualname__}"
+    from .counts import type_name
+
+    if issubclass(type(each), type):
+        return f"class {type_name(each)}"
     return type(each).__qualname__
 
 
@@ -524,11 +531,15 @@ def _clusters(objects: List[Any]) -> List[List[Any]]:
 
 
 def _is_of_the_application(each: Any) -> bool:
-    module = getattr(type(each), "__module__", None)
+    from .counts import module_of
+
+    module = module_of(type(each))
     if type(each) is FrameType:
         module = each.f_globals.get("__name__")
-    elif type(each) is FunctionType or issubclass(type(each), type):
+    elif type(each) is FunctionType:
         module = each.__module__
+    elif issubclass(type(each), type):
+        module = module_of(each)
     elif type(each) is CoroutineType and each.cr_frame is not None:
         module = each.cr_frame.f_globals.get("__name__")
     return str(module).partition(".")[0] not in _NOT_THE_APPLICATION

@@ -37,7 +37,6 @@ from typing import (
 from .counts import module_of, type_name
 
 __all__ = (
-    "RESUMABLE",
     "attribute_name",
     "described",
     "frame_name",
@@ -46,14 +45,13 @@ __all__ = (
     "how_held",
     "is_dict_of",
     "is_of",
+    "is_resumable",
     "items_of",
     "local_name",
     "mro_of",
     "values_of",
     "variables_of",
 )
-
-RESUMABLE = (CoroutineType, GeneratorType, AsyncGeneratorType)
 
 # Whatever a metaclass says.
 mro_of: Callable[[type], Tuple[type, ...]] = type.__dict__["__mro__"].__get__
@@ -68,6 +66,13 @@ _SPECIAL = ("__traceback__", "__cause__", "__context__", "__self__", "__func__")
 def is_of(module: object, packages: Sequence[str]) -> bool:
     """Whether the name of a module is that of one of some packages."""
     return isinstance(module, str) and module.partition(".")[0] in packages
+
+
+def is_resumable(each: Any) -> bool:
+    """Whether an object is a coroutine or a generator."""
+    # Not by ==: a metaclass may compare its classes as it likes.
+    kind = type(each)
+    return kind is CoroutineType or kind is GeneratorType or kind is AsyncGeneratorType
 
 
 def frame_of(resumable: Any) -> Optional[FrameType]:
@@ -260,7 +265,7 @@ def _names_in(values: Iterable[Any], module: object) -> Set[str]:
         elif kind is FunctionType:
             seen.add(id(each))
             walk += (each.__code__, each.__dict__.get("__wrapped__"))
-        elif kind in (classmethod, staticmethod):
+        elif kind is classmethod or kind is staticmethod:
             walk.append(each.__func__)
         elif kind is property:
             walk += (each.fget, each.fset)
@@ -279,7 +284,7 @@ def described(
     kind = type(each)
     if kind is FrameType:
         return frame_name(each), each.f_code.co_filename, each.f_lineno
-    if kind in RESUMABLE:
+    if is_resumable(each):
         code = _code_of(each)
         frame = frame_of(each)
         line = frame.f_lineno if frame is not None else code.co_firstlineno
@@ -316,7 +321,7 @@ def how_held(holder: Any, held: Any) -> str:
     kind = type(holder)
     if kind is FrameType:
         return _how_frame(holder, held)
-    if kind in RESUMABLE:
+    if is_resumable(holder):
         return _how_resumable(holder, held)
     if kind is CellType:
         return "closure cell"
@@ -324,7 +329,7 @@ def how_held(holder: Any, held: Any) -> str:
         return _how_function(holder, held)
     if kind is tuple and type(held) is CellType:
         return "closure"
-    if kind in (list, tuple):
+    if kind is list or kind is tuple:
         for index, each in enumerate(holder):
             if each is held:
                 return f"index {index}"

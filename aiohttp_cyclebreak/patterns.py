@@ -8,7 +8,7 @@ from aiohttp import web
 
 from .counts import type_name
 from .leaks import CATALOGUE, Remedy
-from .naming import RESUMABLE, is_of
+from .naming import is_of, is_resumable, mro_of
 
 __all__ = ("advise", "marks_of", "recognise")
 
@@ -73,13 +73,14 @@ def marks_of(each: Any) -> Iterator[str]:
         yield f"{module}:{each.f_code.co_name}"
         if not is_of(module, ("aiohttp", "asyncio")):
             yield _FRAME
-    if kind in RESUMABLE:
+    if is_resumable(each):
         yield str(each.__qualname__)
     if issubclass(kind, asyncio.Task):
         yield _TASK
     if issubclass(kind, BaseException):
         yield _ERROR
-    if issubclass(kind, web.HTTPException):
+    # Not issubclass(): the class is abstract, and asks the other one for its hash.
+    if any(base is web.HTTPException for base in mro_of(kind)):
         yield _HTTP_ERROR
 
 

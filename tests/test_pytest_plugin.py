@@ -47,8 +47,21 @@ SECRET = "secret"
 TASKS: Any = "tasks" if not hasattr(web, "AppKey") else web.AppKey("tasks", list)
 
 
-class Order:
+class Meta(type):
+    def fail(cls, *given):
+        raise RuntimeError(SECRET)
+
+    __module__ = property(fail)
+    __eq__ = __hash__ = fail
+
+
+class Fights(metaclass=Meta):
     pass
+
+
+class Order:
+    def __init__(self):
+        self.fights = Fights()
 
 
 async def ok(request):
@@ -387,6 +400,7 @@ async def test_soak_objects(client, soak):
     assert "3 requests made, at least 4 expected" in said["test_too_few"]
     assert "attribute 'self'" in said["test_cls"]
     assert "3 Order" in said["test_garbage"]
+    assert "3 Fights" in said["test_garbage"]
     assert "still being served: GET /never" in said["test_never"]
     assert "LookupError: its own" in said["test_error_in_block"]
     assert "1.00 requests alive" in said["test_soak_cycle"]
@@ -395,6 +409,7 @@ async def test_soak_objects(client, soak):
     assert "bytes" in said["test_soak_permanent"]
     assert "module app: global 'KEPT'" in said["test_soak_permanent"]
     assert "1.00 app.Order" in said["test_soak_objects"]
+    assert "1.00 app.Fights" in said["test_soak_objects"]
     if late:
         assert "10548" in said["test_marked_close"]
     assert "secret" not in text
