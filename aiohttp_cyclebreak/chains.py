@@ -35,7 +35,7 @@ from typing import (
 from aiohttp import web
 
 from . import internals
-from .counts import module_of as _module_of
+from .counts import module_of
 from .frames import COUNTS_ARE_EXACT
 from .naming import (
     attribute_name,
@@ -480,7 +480,7 @@ class _Search:
             return frame is not None and (
                 id(frame) in self._ignored or _belongs_to(frame.f_globals, _RUNNERS)
             )
-        return is_of(_module_of(kind), _RUNNERS)
+        return is_of(module_of(kind), _RUNNERS)
 
     def _look_for_root(self, index: int) -> None:
         each = self._objects[index]

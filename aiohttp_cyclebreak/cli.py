@@ -28,7 +28,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     Returns:
         The exit code, which is 0 if all is well, 1 if something is left or could
-        not be run, 2 for wrong usage, and 130 where it was interrupted.
+        not be run, 2 for wrong usage, 130 where it was interrupted, and 141 where the
+        reader of its output has gone.
 
     Raises:
         SystemExit: wrong usage, ``--help`` or ``--version``.

@@ -28,7 +28,7 @@ _LEGEND = (
     "after a collection: those of them that a live reference holds, no cycle.\n"
     "Cyclic garbage: objects a request that only the collector frees. Memory: with\n"
     "the collector off. CPU and collections: of as many requests with it on.\n"
-    "All numbers are of one run: see by a second one how much they vary."
+    "All numbers are of one run: a second one shows how much they vary."
 )
 
 

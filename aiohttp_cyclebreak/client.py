@@ -42,7 +42,8 @@ def client_cyclebreak() -> aiohttp.TraceConfig:
     left for later.  So a worker's log lines have every line of the traceback, however
     late; what is gone are the locals of functions that have ended.
 
-    No exception is held for longer than the request or the task, but weakly.  Responses
+    For longer than the request or the task an exception is held only weakly, or for a
+    second if its class allows no weak reference, as built-in ones do not.  Responses
     are followed by weak references.  A session that opens a websocket makes it of a
     subclass of its ``ws_response_class``; no class is changed.
 

@@ -1,4 +1,4 @@
-"""Where does aiohttp keep back-references? Every private attribute, each once.
+"""Where does aiohttp keep back-references? Every private attribute that is touched.
 
 Nothing else in the package touches a private attribute of aiohttp or asyncio.
 Each function says which versions of aiohttp have what it touches, and does

@@ -103,12 +103,12 @@ def setup(
 ) -> None:
     """Install the middleware at both ends of an application's chain.
 
-    The outermost end misses nothing that a middleware raises, the innermost ends
-    nothing that one swallows: the application's own, and that of each of its
-    sub-applications.  What is added to the application later, up to its start, is
-    between the ends as well, and an end that was taken off is put back.  Called twice
-    for one application, it does nothing the second time, be it with the same options or
-    without any.
+    The outermost end sees all that a middleware raises.  The innermost ends, one in the
+    application and one in each of its sub-applications, see what a handler raises
+    before a middleware swallows it.  What is added to the application later, up to its
+    start, is between the ends as well, and an end that was taken off is put back.
+    Called twice for one application, it does nothing the second time, be it with the
+    same options or without any.
 
     Args:
         app: the application, not started yet.

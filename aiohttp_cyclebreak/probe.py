@@ -38,6 +38,7 @@ __all__ = (
     "lasts",
     "measure",
     "measure_floor",
+    "quiet",
     "remedy",
     "requests_alive",
     "spin",
@@ -224,7 +225,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def collector_off() -> Iterator[None]:
+def _collector_off() -> Iterator[None]:
     """Switch the cyclic garbage collector off, and see only what is new."""
     enabled = gc.isenabled()
     frozen = gc.get_freeze_count()
@@ -397,7 +398,7 @@ async def measure(
         try:
             await visit(1)  # fills the caches
             await end()
-            with collector_off():
+            with _collector_off():
                 before = server.requests_count
                 outgoing = gateway.connections if gateway is not None else 0
                 alive = len(requests_alive())
@@ -447,7 +448,7 @@ async def measure_floor() -> Floor:
     tasks = set(asyncio.all_tasks())
 
     async def count(times: int, visit: Callable[[], Awaitable[None]]) -> float:
-        with collector_off():
+        with _collector_off():
             for _ in range(times):
                 await visit()
                 await _settle(lambda: open_connections, tasks)

@@ -93,12 +93,12 @@ class _Metrics:
         )
         self.exceptions = Counter(
             _PREFIX + "exceptions_cut",
-            "Exceptions that were severed, causes and contexts included.",
+            "Exceptions that were severed, causes, contexts and members included.",
             registry=None,
         )
         self.frames = Counter(
             _PREFIX + "frames_cut",
-            "Frames that were cleared of their locals.",
+            "Frames that were cleared of their locals, or went with an exception.",
             registry=None,
         )
         self.reports = Counter(

@@ -69,8 +69,8 @@ class Radar:
         interval: how often to look at the requests that are alive, in seconds; ages
             are measured by this, and so is the end of a response.
         report_every: at most one report in so many seconds; none as long as each
-            request that is overdue was counted in an earlier one, and of each of their
-            routes a chain was shown.
+            request that is overdue was counted in an earlier one, and a chain was shown
+            for each of their routes.
         budget: how long the search for a chain may keep the event loop from its work,
             all its steps together, in milliseconds.
         max_pause: how long one of these steps may, in milliseconds.  One is a pass
@@ -78,7 +78,7 @@ class Radar:
             would take longer steps is not made, and the report says so.
 
     Raises:
-        TypeError: an option is no number.
+        TypeError: an option is not a number.
         ValueError: an option is not positive and finite.
 
     .. versionadded:: 0.1.0

@@ -52,9 +52,9 @@ def sever(
         spared: the ids of frames that something else still needs.
         emptied: by earlier severings, of exceptions that may share frames with these;
             None: there were none.
-        references: tells how many references to each exception, by its id, are known to
-            be of nobody who prints it, but for that of the list; None: nobody is taken
-            to print one.
+        references: gives, by the id of each exception, how many of the references to it
+            are of nobody who prints it, that of the list not counted; None: nobody is
+            taken to print any.
 
     Returns:
         What was cut.
