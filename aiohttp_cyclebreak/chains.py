@@ -83,11 +83,12 @@ class Link:
     """One object of a chain.
 
     Attributes:
-        type: what it is: the name of its type, or of a frame's function.
+        type: what it is: the name of its type, or that of a module, a class or a
+            function; of a frame or a coroutine, that of its function.
         holds: how it holds the next one: an attribute, a variable, an index; empty
             for the last.
-        file: for a frame, the file of its code.
-        line: and the line that it is at.
+        file: for a frame, a coroutine or a function, the file of its code.
+        line: and the line that it is at, or where it begins.
 
     .. versionadded:: 0.1.0
     """

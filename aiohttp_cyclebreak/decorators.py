@@ -29,7 +29,8 @@ def break_cycles(handler: _Decorated) -> _Decorated:
     middleware it changes nothing, unless :func:`keep_cycles` is around it: of the
     two, the one nearer to the code counts.  Write it below the decorator of an
     :class:`aiohttp.web.RouteTableDef`: that registers what it is given, and knows
-    nothing of what is around it.
+    nothing of what is around it.  With ``AIOHTTP_CYCLEBREAK=off`` it changes nothing,
+    which is logged.
 
     Args:
         handler: a coroutine function that is given the request, a

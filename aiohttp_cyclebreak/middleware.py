@@ -119,6 +119,8 @@ def setup(
         radar: watch the requests of this application, and report those that are
             still alive long after their response; :func:`stats` then gives numbers.
 
+    With ``AIOHTTP_CYCLEBREAK=off`` it does nothing, which is logged.
+
     Raises:
         TypeError: *app* is no application, or an option is of the wrong type.
         RuntimeError: the application is frozen, or options are given the second time

@@ -85,7 +85,7 @@ class LeakGroup(_Directive):
             ("Stopped by", [_REMEDIES[leak.remedy] for leak in leaks]),
             ("See it", [f"``verify --leak {group}``" for group in groups]),
         ):
-            different = list(dict.fromkeys(values)) or ["no thread that we know"]
+            different = list(dict.fromkeys(values)) or ["no thread that we know of"]
             facts.append(f":{name}: " + "; ".join(different))
         lines = [
             ".. list-table::",
