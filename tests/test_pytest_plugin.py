@@ -1035,6 +1035,26 @@ def test_a_soak_looks_at_what_is_new() -> None:
     assert any(each is old for each in gc.get_objects())
 
 
+def test_a_soak_counts_classes_of_one_name_together() -> None:
+    """Those of one that does not grow hide nothing."""
+
+    def make() -> Any:
+        class Same:
+            pass
+
+        return Same
+
+    growing, steady = make(), make()
+    kept, last = [], []
+
+    def call() -> None:
+        kept.append(growing())
+        last[:] = [steady()]
+
+    with pytest.raises(pytest.fail.Exception, match=r"1\.00 .*Same"):
+        run(_soak(call))
+
+
 def test_nobody_else_patches_requests() -> None:
     """Nothing is changed in aiohttp unless a test is watched."""
     assert web.BaseRequest.__init__.__qualname__ == "BaseRequest.__init__"
