@@ -444,6 +444,17 @@ def test_a_response_that_was_raised_is_kept_by_a_connection_that_goes_on() -> No
     assert messages == []
 
 
+class Incomparable(type):
+    def __eq__(cls, other: object) -> bool:
+        raise RuntimeError("no equal")
+
+    __hash__ = type.__hash__
+
+
+class Strange(metaclass=Incomparable):
+    """Not even its class can be compared."""
+
+
 def test_a_request_whose_exception_another_one_has_is_not_reported() -> None:
     """The guard severs it when the connection is done, or the other request."""
 
@@ -453,6 +464,7 @@ def test_a_request_whose_exception_another_one_has_is_not_reported() -> None:
         waiting = asyncio.Event()
 
         async def refused(request: web.Request) -> web.Response:
+            strange = Strange()  # noqa: F841
             try:
                 raise error
             except ValueError as exc:
