@@ -464,6 +464,7 @@ class _Client:
             return self._exchange(connection, request)
         except (OSError, http.client.HTTPException) as exc:
             self.close()
+            # Before CPython 3.10 that of a socket is no TimeoutError.
             if isinstance(exc, TimeoutError) or "timed out" in str(exc):
                 self._process.tried = f"{request}"
                 self._process.fail(
@@ -471,7 +472,7 @@ class _Client:
                     "only slow, raise --timeout; what is left of an endless one, a "
                     "stream, cannot be told"
                 )
-            if idle and isinstance(exc, (ConnectionError, BrokenPipeError)):
+            if idle and isinstance(exc, ConnectionError):
                 return self._send(request)  # the server had hung up meanwhile
             return "none"
 
