@@ -47,8 +47,8 @@ def add_check(commands: Any) -> None:
         "application",
         type=_target,
         metavar="MODULE:ATTRIBUTE",
-        help="an Application, or a function that makes one, sync or async, with "
-        "arguments or without: \"myapp:create_app('test', debug=True)\"",
+        help="an Application or a runner of one, or a function that makes one, sync or "
+        "async, with arguments or without: \"myapp:create_app('test', debug=True)\"",
     )
     parser.add_argument(
         "--arg",
