@@ -1054,8 +1054,9 @@ def error_of_last_attempt() -> Optional[BaseException]:
 
     Nothing but a local variable leads to it while a call is tried again.
 
-    aiohttp: the local ``resp`` of ``ClientSession._request``, and
-    ``ClientResponse._protocol``, 3.8 to 3.14.
+    aiohttp: the local ``resp`` of ``ClientSession._request``, 3.8 to 3.11, which from
+    3.12 on is one of a function inside of that; and ``ClientResponse._protocol``, 3.8
+    to 3.14.  It is asked for where :data:`KEEPS_FIRST_ATTEMPTS` says so.
     """
     frame: Optional[FrameType] = sys._getframe()
     while frame is not None:
