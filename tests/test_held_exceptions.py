@@ -18,6 +18,7 @@ from aiohttp_cyclebreak.holders import MOST_NOTED
 from aiohttp_cyclebreak.sever import sever
 
 from .service import AIOHTTP, alive, no_collector, run, serve
+from .test_hostile_exceptions import Strange
 
 if sys.version_info >= (3, 11):
     from builtins import ExceptionGroup
@@ -711,17 +712,6 @@ def test_what_is_left_behind_a_failure_goes_with_a_later_request(
 
 class Marker:
     """What the frame of each failure has in a local."""
-
-
-class Incomparable(type):
-    def __eq__(cls, other: object) -> bool:
-        raise RuntimeError("no equal")
-
-    __hash__ = type.__hash__
-
-
-class Strange(metaclass=Incomparable):
-    """Not even its class can be compared."""
 
 
 FAILURES = 3 * MOST_NOTED

@@ -41,6 +41,7 @@ from .service import (
     spin,
     wrap_tasks,
 )
+from .test_hostile_exceptions import Strange
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -442,17 +443,6 @@ def test_a_response_that_was_raised_is_kept_by_a_connection_that_goes_on() -> No
     with logged() as messages, no_collector():
         run(main())
     assert messages == []
-
-
-class Incomparable(type):
-    def __eq__(cls, other: object) -> bool:
-        raise RuntimeError("no equal")
-
-    __hash__ = type.__hash__
-
-
-class Strange(metaclass=Incomparable):
-    """Not even its class can be compared."""
 
 
 def test_a_request_whose_exception_another_one_has_is_not_reported() -> None:
