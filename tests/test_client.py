@@ -12,6 +12,7 @@ import ssl
 import sys
 import threading
 import traceback
+import weakref
 from collections import deque
 from contextvars import ContextVar
 from typing import (
@@ -250,12 +251,33 @@ def test_a_timeout_that_flies_leaves_nothing(loop: str) -> None:
     assert run(main(), loop) == NOTHING
 
 
+def a_task_group_keeps_what_it_raises() -> bool:
+    """Whether it is in a reference cycle: https://github.com/python/cpython/issues/124958."""
+
+    class Local:
+        pass
+
+    async def fail() -> None:
+        raise LookupError
+
+    async def swallow() -> Callable[[], Any]:
+        local = Local()
+        try:
+            async with asyncio.TaskGroup() as tasks:  # type: ignore[attr-defined,unused-ignore]
+                tasks.create_task(fail())
+        except Exception:
+            pass
+        return weakref.ref(local)
+
+    with no_collector():
+        return run(swallow())() is not None
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="there are no task groups")
-@pytest.mark.parametrize(
-    ("end", "left"), [("swallow", 4), ("clear", 0), ("raise", 0), ("gather", 0)]
-)
-def test_a_task_group_of_calls(end: str, left: int) -> None:
+@pytest.mark.parametrize("end", ["swallow", "clear", "raise", "gather"])
+def test_a_task_group_of_calls(end: str) -> None:
     """Its frame keeps the group that it raises, which only the handler sees."""
+    left = 4 if end == "swallow" and a_task_group_keeps_what_it_raises() else 0
 
     async def handle(
         request: web.Request, session: aiohttp.ClientSession, url: str
