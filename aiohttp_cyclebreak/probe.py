@@ -434,12 +434,15 @@ async def measure_floor() -> Floor:
 
     class Protocol(asyncio.Protocol):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self.transport = transport
             open_connections.add(id(self))
 
         def data_received(self, data: bytes) -> None:
             self.data = data
 
         def connection_lost(self, exc: Optional[BaseException]) -> None:
+            # As aiohttp does: from CPython 3.12 on it ends a cycle of the transport's.
+            self.transport.close()
             open_connections.discard(id(self))
 
     sock = _listen()

@@ -45,11 +45,15 @@ def key(column: Dict[str, str]) -> Tuple[List[int], List[int]]:
     return aiohttp, python
 
 
+def _pair(column: Dict[str, str]) -> Tuple[str, ...]:
+    """What a later run takes the place of: its CPython may be of another release."""
+    return (column["aiohttp"], *column["python"].split(".")[:2])
+
+
 def add(report: Dict[str, Any], matrix: Matrix) -> Matrix:
     """Put in what one run of ``verify --json`` has said, in place of an older one."""
-    python = ".".join(report["python"].split(".")[:2])
-    new = {"aiohttp": report["aiohttp"], "python": python}
-    columns = [each for each in matrix["columns"] if each != new]
+    new = {"aiohttp": report["aiohttp"], "python": report["python"]}
+    columns = [each for each in matrix["columns"] if _pair(each) != _pair(new)]
     columns = sorted([*columns, new], key=key)
     said = {each["id"]: each for each in report["leaks"]}
     leaks = {}
