@@ -176,7 +176,7 @@ def shortest_chain(
     .. versionadded:: 0.1.0
     """
     caller = sys._getframe(1)  # noqa: SLF001
-    return chains([target], ignore=[*ignore, caller], budget=budget)[0]
+    return chains([target], ignore=[*ignore, ignore, caller], budget=budget)[0]
 
 
 def chains(
@@ -198,7 +198,8 @@ def chains(
     .. versionadded:: 0.1.0
     """
     caller = sys._getframe(1)  # noqa: SLF001
-    search = _Search(targets, [*ignore, targets, caller], budget)
+    # A target may be among what is ignored: that list would seem to hold it.
+    search = _Search(targets, [*ignore, ignore, targets, caller], budget)
     try:
         search.run()
         return [search.chain_of(target) for target in targets]

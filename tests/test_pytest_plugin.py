@@ -14,6 +14,7 @@ from typing import Any, Dict, List
 import pytest
 from aiohttp import web
 
+from aiohttp_cyclebreak import cyclebreak
 from aiohttp_cyclebreak.growth import grows
 from aiohttp_cyclebreak.left_behind import Watch
 from aiohttp_cyclebreak.pytest_plugin import _soak, _watching
@@ -942,6 +943,29 @@ def test_what_was_there_before_is_not_blamed() -> None:
             run(main(True))
         assert not gc.isenabled()
     assert old.itself is old
+
+
+@pytest.mark.parametrize("cls", [web.StreamResponse, web.HTTPBadRequest])
+def test_responses_may_be_asked_for(cls: Any) -> None:
+    """A connection that is still open has its last one, as it has its last request."""
+
+    async def refuse(request: web.Request) -> web.Response:
+        raise web.HTTPBadRequest
+
+    async def main(*middlewares: Any) -> None:
+        app = web.Application(middlewares=middlewares)
+        app.router.add_get("/", refuse)
+        async with serve(app) as service:
+            client = await service.connect()
+            async with _watching(requests=2, cls=cls):
+                for _ in range(2):
+                    await client.get()
+                    assert (await client.answer())[0] == 400
+            client.close()
+
+    run(main(cyclebreak()))
+    with pytest.raises(pytest.fail.Exception, match="2 objects left behind"):
+        run(main())
 
 
 def test_what_is_being_served_is_not_blamed() -> None:
