@@ -56,6 +56,7 @@ def pytest_collection_modifyitems(
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Fail a test whose marker is wrong."""
+    _end_all()  # an earlier run of this very test, of which nobody tells the end
     wrong = _wrong(item)
     if wrong is not None:
         pytest.fail(wrong, pytrace=False)
@@ -73,10 +74,12 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     watch = _make_watch(marker.args, marker.kwargs)
     _watches[item] = watch
     case = item.instance
-    item.obj = _watched(item.obj, watch)
+    test = item.obj
+    item.obj = _watched(test, watch)
     if isinstance(case, TestCase):  # it finds a coroutine function by itself
         setattr(case, item.name, item.obj)
     yield
+    item.obj = test  # it may be run once more: pytest-rerunfailures does that
     if isinstance(case, TestCase):
         vars(case).pop(item.name, None)  # by which it holds itself
 
@@ -104,8 +107,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 def pytest_runtest_logfinish() -> None:
     """Whatever became of a test, nothing is watched between two of them."""
-    for watch in list(active):
-        watch.end()
+    _end_all()
 
 
 @pytest.fixture
@@ -141,6 +143,11 @@ def no_request_cycles() -> "Callable[..., Any]":
     .. versionadded:: 0.1.0
     """
     return _watching
+
+
+def _end_all() -> None:
+    for watch in list(active):
+        watch.end()
 
 
 def _watching(*args: Any, **options: Any) -> Any:

@@ -778,6 +778,85 @@ def test_watched():
     result.stdout.fnmatch_lines(["*does not let it be watched*"] * 2)
 
 
+RUN_AGAIN = """
+import pytest
+from _pytest.runner import runtestprotocol
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    \"""As pytest-rerunfailures does, and others of its kind.\"""
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    reports = runtestprotocol(item, log=False, nextitem=nextitem)
+    if any(each.failed for each in reports):
+        item._initrequest()
+        reports = runtestprotocol(item, log=False, nextitem=nextitem)
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+"""
+
+
+def test_run_again(pytester: pytest.Pytester) -> None:
+    """What another plugin runs again is watched anew, and no longer the first time."""
+    pytester.makeconftest(RUN_AGAIN)
+    pytester.makepyfile(app=APP)
+    pytester.makepyfile(
+        """
+from app import *  # noqa
+
+RUNS = []
+
+
+@pytest.fixture
+async def client(aiohttp_client):
+    RUNS.append("")
+    yield await aiohttp_client(make_app(cyclebreak()))
+    if RUNS == [""]:
+        order = Order()
+        order.order = order
+        raise LookupError("the first time")
+
+
+@pytest.fixture(autouse=True)
+def forget_runs():
+    yield
+    if len(RUNS) == 2:
+        RUNS.clear()
+
+
+async def get(client, path):
+    async with client.get(path) as response:
+        await response.read()
+
+
+@pytest.mark.no_request_cycles(garbage=True)
+async def test_fixture(client):
+    await get(client, "/refuse")
+
+
+@pytest.mark.no_request_cycles
+async def test_itself(aiohttp_client):
+    RUNS.append("")
+    await get(await aiohttp_client(make_app(cyclebreak())), "/refuse")
+    assert len(RUNS) == 2
+
+
+@pytest.mark.no_request_cycles(requests=2)
+async def test_too_few(aiohttp_client):
+    RUNS.append("")
+    await get(await aiohttp_client(make_app(cyclebreak())), "/refuse")
+    assert len(RUNS) == 2
+"""
+    )
+    result = pytester.runpytest_subprocess(
+        "-q", "-o", "asyncio_mode=auto", "-W", "ignore", "--show-capture=no"
+    )
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines("1 request made, at least 2 expected*")
+
+
 def test_in_parallel(pytester: pytest.Pytester) -> None:
     """Under pytest-xdist, where each process looks after its own requests."""
     pytester.makepyfile(app=APP)
