@@ -246,17 +246,21 @@ def _test_clients() -> List[Any]:
     return [] if test_utils is None else instances([test_utils.TestClient])
 
 
-def _forget_responses(clients: List[Any]) -> None:
-    """Let aiohttp's test clients go of responses that they would keep to the end."""
-    from aiohttp import ClientResponse
+def _forget_closed(clients: List[Any]) -> None:
+    """Let aiohttp's test clients go of what they would keep to the end.
 
+    That is each response and each websocket that they were given.
+    """
+    from aiohttp import ClientResponse, ClientWebSocketResponse
+
+    given = ClientResponse, ClientWebSocketResponse
     for client in clients:
         for kept in vars(client).values():
             if type(kept) is list:
                 kept[:] = [
                     each
                     for each in kept
-                    if not (isinstance(each, ClientResponse) and each.closed)
+                    if not (isinstance(each, given) and each.closed)
                 ]
 
 
@@ -328,7 +332,7 @@ async def _soak(call: Callable[[], Any], times: int = 20 * SAMPLES) -> None:
             for _ in range(times // SAMPLES):
                 await _call(call)
             await watch.settle()
-            _forget_responses(clients)
+            _forget_closed(clients)
             samples.take(sample, watch)
         report = samples.report()
         if report is not None:

@@ -13,6 +13,7 @@ from typing import Any, Dict, List
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from aiohttp_cyclebreak import cyclebreak
 from aiohttp_cyclebreak.growth import grows
@@ -1156,6 +1157,31 @@ def test_a_soak_counts_classes_of_one_name_together() -> None:
 
     with pytest.raises(pytest.fail.Exception, match=r"1\.00 .*Same"):
         run(_soak(call))
+
+
+def test_a_soak_of_websockets() -> None:
+    """Aiohttp's test client has each that it has opened, as it has each response."""
+
+    async def echo(request: web.Request) -> web.WebSocketResponse:
+        websocket = web.WebSocketResponse()
+        await websocket.prepare(request)
+        async for message in websocket:
+            await websocket.send_str(message.data)
+        return websocket
+
+    async def main() -> None:
+        app = web.Application(middlewares=[cyclebreak()])
+        app.router.add_get("/", echo)
+        async with TestClient(TestServer(app)) as client:
+
+            async def call() -> None:
+                async with client.ws_connect("/") as websocket:
+                    await websocket.send_str("hello")
+                    assert await websocket.receive_str() == "hello"
+
+            await _soak(call)
+
+    run(main())
 
 
 def test_nobody_else_patches_requests() -> None:
