@@ -153,7 +153,9 @@ class Watch:
         await _turn()
         while True:
             # No instances of other classes: a connection has its last response too.
-            requests = [each for each in self._new() if web.BaseRequest in _mro(each)]
+            requests = [
+                each for each in self._new() if id(web.BaseRequest) in _bases(each)
+            ]
             busy = list(map(_route, _busy(requests)))
             if not busy:
                 break
@@ -443,13 +445,12 @@ def _own_frames() -> List[FrameType]:
 
 def _route(each: Any) -> str:
     """What a request was for, without any value of it."""
-    match_info = getattr(each, "match_info", None)
-    if match_info is None:
+    from .counts import canonical_path
+
+    if getattr(each, "match_info", None) is None:
         return type(each).__qualname__
-    resource = match_info.route.resource
-    if resource is None:
-        return f"{each.method} without a route"
-    return f"{each.method} {resource.canonical or '/'}"
+    path = canonical_path(each)  # None also for a mocked request, whose path is a mock
+    return f"{each.method} {'without a route' if path is None else path or '/'}"
 
 
 def _several(names: Iterable[str]) -> str:

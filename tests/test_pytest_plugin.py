@@ -13,7 +13,7 @@ from typing import Any, Dict, List
 
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 
 from aiohttp_cyclebreak import cyclebreak
 from aiohttp_cyclebreak.growth import grows
@@ -1045,6 +1045,18 @@ def test_responses_may_be_asked_for(cls: Any) -> None:
 
     run(main(cyclebreak()))
     with pytest.raises(pytest.fail.Exception, match="2 objects left behind"):
+        run(main())
+
+
+def test_a_mocked_request_has_no_route() -> None:
+    """Its path would be a mock, which tells its id: no two of them would be alike."""
+    kept: List[Any] = []
+
+    async def main() -> None:
+        async with _watching():
+            kept.extend(make_mocked_request("GET", "/secret") for _ in range(2))
+
+    with pytest.raises(pytest.fail.Exception, match="2 x GET without a route:"):
         run(main())
 
 
