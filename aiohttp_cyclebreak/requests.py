@@ -172,6 +172,9 @@ class FollowedRequest(Holder):
                 connection.sever_later_ones()
             if not self.kept:
                 dropped = self._drop(task)
+                if dropped and self.exceptions[0] is not internals.response_of(task):
+                    # In the context of the request: finalizers find its variables.
+                    self.exceptions = []
                 if self.exceptions and not dropped:
                     self._sever(self.exceptions, _emptied_by(connection), task=task)
                 self._release(task)

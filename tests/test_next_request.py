@@ -588,6 +588,59 @@ def test_a_request_that_succeeds_when_it_is_tried_again_reports_its_failure(
     assert reported == [True] * 3
 
 
+_served: "ContextVar[str]" = ContextVar("served", default="nothing")
+
+
+@pytest.mark.parametrize("guard", ["bare", *GUARDS])
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "late"])
+def test_what_a_handler_leaves_open_is_closed_in_its_context(
+    waits: bool, guard: str
+) -> None:
+    """A generator may ask for the variables of the request in its finally clause."""
+    found: List[str] = []
+
+    def rows() -> Any:
+        try:
+            yield
+        finally:
+            found.append(_served.get())
+
+    async def stream() -> Any:
+        try:
+            yield
+        finally:
+            found.append(_served.get())
+
+    async def fail(request: web.Request) -> web.Response:
+        _served.set(request.path)
+        opened, streaming = rows(), stream()
+        next(opened)
+        await streaming.__anext__()
+        raise ValueError
+
+    @web.middleware
+    async def report(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except ValueError:
+            if waits:
+                await spin()
+            raise
+
+    async def main() -> None:
+        app = application(report)
+        app.router.add_get("/fail", fail)
+        if guard != "bare":
+            GUARDS[guard](app)
+        with no_collector():
+            async with serve(app) as service:
+                assert (await service.ask("/fail"))[0] == 500
+                await service.settle()
+
+    run(main())
+    assert found == ["/fail"] * 2
+
+
 @pytest.mark.parametrize("guard", GUARDS)
 def test_a_response_that_a_task_has_in_hand_later_goes_with_that(guard: str) -> None:
     """The connection has gone on in between, and keeps it until then."""
