@@ -4,7 +4,7 @@ import builtins
 import gc
 import itertools
 import sys
-from collections import deque
+from collections import Counter, deque
 from types import (
     FrameType,
     FunctionType,
@@ -13,7 +13,17 @@ from types import (
     ModuleType,
     TracebackType,
 )
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from .frames import is_finished
 
@@ -32,6 +42,7 @@ __all__ = (
     "set_traceback",
     "traceback_of",
     "unlink",
+    "would_be_gone",
 )
 
 # Read and written through the descriptors of BaseException itself: a subclass may
@@ -213,6 +224,49 @@ def goes_by_itself(exc: BaseException) -> bool:
         outer = inner
         traceback = traceback.tb_next
     return inner is None or count(inner) == 4  # of two variables
+
+
+_LONGEST_CHAIN = 100
+
+
+def would_be_gone(exceptions: List[BaseException], index: int) -> bool:
+    """Whether an exception and its causes would be gone, if it were not in a list.
+
+    That is so if nobody else has one of these, nor a finished frame of their
+    tracebacks.  One that goes on is that of who has swallowed the exception.
+
+    Args:
+        exceptions: the list.
+        index: where it is: who calls may have no reference of its own.
+    """
+    found = graph(exceptions[index])
+    if len(found) > _LONGEST_CHAIN:
+        return False
+    known = Counter(id(target) for exc in found for _, target in links_of(exc))
+    known[id(found[0])] += 1
+    frames: Dict[int, List[Any]] = {}
+    for exc in found:
+        # References: the list, the variable, the argument.
+        if sys.getrefcount(exc) != known[id(exc)] + 3:
+            return False
+        traceback = traceback_of(exc)
+        while traceback is not None:
+            # References: the exception or the entry before, the variable, the argument.
+            if sys.getrefcount(traceback) != 3:
+                return False
+            frame = traceback.tb_frame
+            frames.setdefault(id(frame), [frame, 0])[1] += 1
+            traceback = traceback.tb_next
+    for frame, _ in frames.values():
+        caller = frames.get(id(frame.f_back))
+        if caller is not None:
+            caller[1] += 1
+    frame = None  # type: ignore[assignment]  # or it would be one more reference
+    # References: those that are counted, the dict's entry, the variable, the argument.
+    return not any(
+        sys.getrefcount(frame) != held + 3 and is_finished(frame)
+        for frame, held in frames.values()
+    )
 
 
 _MOST_GATHERED = 10_000

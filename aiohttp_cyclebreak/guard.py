@@ -74,7 +74,9 @@ def follow(
             original = internals.original_of(request)
             if original is not request:
                 return follow(original, options)
-        followed = request.__dict__[FOLLOWED] = FollowedRequest(request, connection)
+        followed = request.__dict__[FOLLOWED] = FollowedRequest(
+            request, connection, task
+        )
         task.add_done_callback(followed.done)
         connection.following += 1
         if connection.put_off is not None:

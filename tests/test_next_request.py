@@ -588,6 +588,68 @@ def test_a_request_that_succeeds_when_it_is_tried_again_reports_its_failure(
     assert reported == [True] * 3
 
 
+class Lent:
+    """What is given back when it is finalized, as many a connection of a pool is."""
+
+    def __init__(self, pool: asyncio.Semaphore) -> None:
+        self.pool = pool
+
+    def fail(self) -> None:
+        raise ValueError("lent")
+
+    def __del__(self) -> None:
+        self.pool.release()
+
+
+@pytest.mark.parametrize("guard", ["bare", *GUARDS])
+@pytest.mark.parametrize("cause", [False, True], ids=["alone", "with a cause"])
+@pytest.mark.parametrize("when", ["at once", "soon", "in the except block"])
+def test_what_a_failed_attempt_has_is_given_back_to_the_next(
+    when: str, cause: bool, guard: str
+) -> None:
+    """It would wait for it: nobody but us has the failure that was swallowed."""
+
+    @web.middleware
+    async def retry(request: web.Request, handler: Any) -> web.StreamResponse:
+        for _ in range(2):
+            try:
+                return await handler(request)  # type: ignore[no-any-return]
+            except (ValueError, KeyError):
+                if when == "in the except block":
+                    await spin()
+            if when == "soon":
+                await spin()
+        return web.Response()
+
+    async def main() -> int:
+        pool = asyncio.Semaphore(1)
+
+        async def fail(request: web.Request) -> web.Response:
+            await asyncio.wait_for(pool.acquire(), TIMEOUT)
+            lent = Lent(pool)
+            try:
+                lent.fail()
+            except ValueError as exc:
+                if cause:
+                    raise KeyError(request.path) from exc
+                raise
+            return web.Response()
+
+        app = application(retry)
+        app.router.add_get("/fail", fail)
+        if guard != "bare":
+            GUARDS[guard](app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                assert (await service.ask("/fail"))[0] == 200
+                await service.settle()
+            return len(alive()) - before
+
+    left = run(main())
+    assert guard == "bare" or left == 0
+
+
 _served: "ContextVar[str]" = ContextVar("served", default="nothing")
 
 

@@ -1,8 +1,10 @@
 """What docs/safety.rst says is found and not mended: it is as bare, and no worse."""
 
 import asyncio
+import contextlib
 import sys
 import traceback
+import weakref
 from typing import Any, Callable, List
 
 import pytest
@@ -36,6 +38,42 @@ def test_what_is_stored_in_a_success_while_it_is_prepared() -> None:
 
     assert run(left_by(add, "/", 200, lambda app: None)) == 3
     assert run(left_by(add, "/", 200, setup)) == 3
+
+
+@pytest.mark.parametrize("guard", ["bare", "appended", "setup"])
+def test_a_response_that_is_swallowed_while_its_request_goes_on(guard: str) -> None:
+    """It stays until the request ends, with the locals of its frames."""
+    found: List[Any] = []
+
+    class Local:
+        pass
+
+    async def refuse(request: web.Request) -> web.Response:
+        local = Local()
+        found.append(weakref.ref(local))
+        raise web.HTTPServiceUnavailable
+
+    @web.middleware
+    async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
+        with contextlib.suppress(web.HTTPServiceUnavailable):
+            return await handler(request)  # type: ignore[no-any-return]
+        await spin()
+        found.append(found[0]() is not None)
+        return web.Response()
+
+    async def main() -> None:
+        app = application(swallow)
+        app.router.add_get("/fail", refuse)
+        if guard != "bare":
+            GUARDS[guard](app)
+        with no_collector():
+            async with serve(app) as service:
+                assert (await service.ask("/fail"))[0] == 200
+                await service.settle()
+
+    run(main())
+    assert found[1:] == [guard != "bare"]
+    assert found[0]() is None
 
 
 def _keep(exc: Exception) -> Any:
