@@ -11,7 +11,7 @@ import threading
 import time
 from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Set
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import pytest
 from aiohttp import web
@@ -845,6 +845,43 @@ def test_what_is_severed_is_counted(held: bool) -> None:
     assert found.exceptions == 5
     assert found.frames > 0
     assert found.errors == 0
+
+
+def test_what_is_swallowed_is_counted() -> None:
+    """Though it is let go before its request ends."""
+
+    async def main() -> Stats:
+        locals_of_failures: List[Any] = []
+        left: List[bool] = []
+
+        class Local:
+            pass
+
+        async def breaks(request: web.Request) -> web.Response:
+            local = Local()
+            locals_of_failures.append(ref(local))
+            raise ValueError
+
+        @web.middleware
+        async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
+            with contextlib.suppress(ValueError):
+                return await handler(request)  # type: ignore[no-any-return]
+            await spin()
+            left.extend(found() is not None for found in locals_of_failures)
+            return web.Response()
+
+        app = application(breaks)
+        app.middlewares.append(swallow)
+        async with serve(app) as service:
+            assert (await service.ask("/breaks/1"))[0] == 200
+            await closed(service)
+            assert left == [False]
+            return stats(app)
+
+    found = run(main())
+    assert found.severed == {("/breaks/{secret}", "ValueError"): 1}
+    assert found.exceptions == 1
+    assert found.frames > 0
 
 
 def test_the_other_options_hold_beside_a_radar() -> None:
