@@ -4,7 +4,7 @@ import asyncio
 import sys
 from contextvars import Context
 from functools import partial
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, cast
 from weakref import ref
 
 from . import calls, internals
@@ -28,13 +28,12 @@ _callers: "Dict[int, ref[_Caller]]" = {}
 class _Caller(Holder):
     """A task that makes outgoing calls outside of any guarded request."""
 
-    __slots__ = ("calls", "due", "task")
+    __slots__ = ("calls", "due")
 
     def __init__(self, task: "asyncio.Task[Any]") -> None:
-        super().__init__()
+        super().__init__(task)
         self.calls = Calls()
         self.due: List[BaseException] = []
-        self.task = ref(task)
 
     def call_ended(self) -> None:
         """Sever what earlier calls have left, once the task waits for something.
@@ -53,7 +52,7 @@ class _Caller(Holder):
             due, self.due = self.due, []
             task = self.task()
             if task is not None and not task.done():
-                in_use = look_into([task])
+                in_use = look_into([cast("asyncio.Task[Any]", task)])
                 self._sever(due, in_use)
                 self.calls.forget_dead()  # or what this frees puts the next look off
         except Exception:
@@ -176,6 +175,7 @@ def note_failed_call(exc: BaseException) -> None:
             caller.note_errors()
             caller.note(exc)
             caller.call_ended()
+            caller.look_soon()
     except Exception:
         complain("noting a failed call")
 

@@ -226,47 +226,105 @@ def goes_by_itself(exc: BaseException) -> bool:
     return inner is None or count(inner) == 4  # of two variables
 
 
-_LONGEST_CHAIN = 100
+_LONGEST_CHAIN = 20
+# One instance that many requests raise has the entries of all.
+_MOST_ENTRIES = 200
 
 
 def would_be_gone(exceptions: List[BaseException], index: int) -> bool:
     """Whether an exception and its causes would be gone, if it were not in a list.
 
-    That is so if nobody else has one of these, nor a finished frame of their
-    tracebacks.  One that goes on is that of who has swallowed the exception.
+    That is so if nobody else has one of these, of their tracebacks or of the finished
+    frames there, and none leads back to itself.  A frame that goes on is that of who
+    has swallowed the exception.
 
     Args:
         exceptions: the list.
         index: where it is: who calls may have no reference of its own.
     """
     found = graph(exceptions[index])
-    if len(found) > _LONGEST_CHAIN:
+    # References: both lists, the argument.  Most often somebody has it still.
+    if len(found) > _LONGEST_CHAIN or sys.getrefcount(found[0]) != 3:
         return False
-    known = Counter(id(target) for exc in found for _, target in links_of(exc))
+    entries = itertools.chain.from_iterable(map(frames_of, found))
+    if next(itertools.islice(entries, _MOST_ENTRIES, None), None) is not None:
+        return False
+    leads = {id(exc): [id(target) for _, target in links_of(exc)] for exc in found}
+    # By id, the references that are known to exceptions and entries of tracebacks.
+    known = Counter(key for targets in leads.values() for key in targets)
     known[id(found[0])] += 1
-    frames: Dict[int, List[Any]] = {}
+    del entries
+    frames = _count_holders(found, leads, known)
     for exc in found:
         # References: the list, the variable, the argument.
         if sys.getrefcount(exc) != known[id(exc)] + 3:
             return False
-        traceback = traceback_of(exc)
-        while traceback is not None:
+        entry = traceback_of(exc)
+        while entry is not None:
             # References: the exception or the entry before, the variable, the argument.
-            if sys.getrefcount(traceback) != 3:
+            if sys.getrefcount(entry) != known[id(entry)] + 3:
                 return False
-            frame = traceback.tb_frame
+            entry = entry.tb_next
+    return not _leads_back(leads) and not any(
+        # References: those that are counted, the list, the variable, the argument.
+        sys.getrefcount(frame) != held + 3 and is_finished(frame)
+        for frame, held in frames
+    )
+
+
+def _count_holders(
+    found: List[BaseException], leads: Dict[int, List[int]], known: "Counter[int]"
+) -> List[List[Any]]:
+    """Add to what is known of some exceptions who else of them refers to which.
+
+    That are attributes and arguments, where many have the cause a second time; and the
+    locals of finished frames: an ``__exit__`` has the exception in its arguments that
+    it raises another one for.
+
+    Returns:
+        The frames of the tracebacks, each with the number of those who refer to it:
+        entries, and the frames that it has called.
+    """
+    owners = {id(exc): id(exc) for exc in found}
+    frames: Dict[int, List[Any]] = {}
+    came_through: Dict[int, List[int]] = {}
+    for exc in found:
+        entry = traceback_of(exc)
+        while entry is not None:
+            owners[id(entry)] = id(exc)
+            frame = entry.tb_frame
             frames.setdefault(id(frame), [frame, 0])[1] += 1
-            traceback = traceback.tb_next
+            came_through.setdefault(id(frame), []).append(id(exc))
+            entry = entry.tb_next
+    for exc in found:
+        for own in gc.get_referents(exc):
+            for each in gc.get_referents(own) if type(own) in (dict, tuple) else ():
+                if id(each) in owners:
+                    known[id(each)] += 1
+                    leads[id(exc)].append(owners[id(each)])
     for frame, _ in frames.values():
         caller = frames.get(id(frame.f_back))
         if caller is not None:
             caller[1] += 1
-    frame = None  # type: ignore[assignment]  # or it would be one more reference
-    # References: those that are counted, the dict's entry, the variable, the argument.
-    return not any(
-        sys.getrefcount(frame) != held + 3 and is_finished(frame)
-        for frame, held in frames.values()
-    )
+        if is_finished(frame):
+            for each in gc.get_referents(frame):
+                if id(each) in owners:
+                    known[id(each)] += 1
+                    for key in came_through[id(frame)]:
+                        leads[key].append(owners[id(each)])
+    return list(frames.values())
+
+
+def _leads_back(leads: Dict[int, List[int]]) -> bool:
+    """Whether one of some exceptions leads to itself, given what each leads to."""
+    left = dict(leads)
+    while left:
+        ends = [key for key in left if not any(each in left for each in left[key])]
+        if not ends:
+            return True
+        for key in ends:
+            del left[key]
+    return False
 
 
 _MOST_GATHERED = 10_000

@@ -29,8 +29,15 @@ from aiohttp import web
 
 from . import internals
 from .complaints import complain
-from .exceptions import exceptions_in, frames_of, graph, leads_on, traceback_of
-from .frames import is_finished
+from .exceptions import (
+    exceptions_in,
+    frames_of,
+    graph,
+    leads_on,
+    traceback_of,
+    would_be_gone,
+)
+from .frames import COUNTS_ARE_EXACT, is_finished
 from .running import awaiting_frames, awaits_in, handled_by, in_flight
 from .sever import sever
 from .tracebacks import drop_ended_entries
@@ -64,6 +71,12 @@ pending: "Dict[int, ref[Connection]]" = {}
 MOST_NOTED = 100
 
 _SOON = 1.0  # seconds
+
+# Seconds until what was not swallowed yet is looked at again; then twice as many.
+_FIRST_PAUSE = 0.1
+
+# The newest exceptions are looked at: one request may fail again and again.
+_MOST_LOOKED_AT = 10
 
 # Threads may have loops of their own, and requests with the same exceptions.  It can be
 # taken again by who has it, as a weak reference's callback may come at any moment.
@@ -107,12 +120,32 @@ class Watching(_RequestReference):
     __slots__ = ()
 
 
+def _nothing() -> None:
+    return None
+
+
 class Holder:
     """Who has exceptions in hand, and is to be done with them."""
 
-    __slots__ = ("exceptions", "frame_ids", "in_hand", "reference", "__weakref__")
+    __slots__ = (
+        "exceptions",
+        "frame_ids",
+        "in_hand",
+        "is_looked_at",
+        "pause",
+        "reference",
+        "task",
+        "timer",
+        "__weakref__",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, task: "Optional[asyncio.Future[Any]]" = None) -> None:
+        self.task: Callable[[], Optional[asyncio.Future[Any]]] = _nothing
+        if task is not None:
+            self.task = ref(task)
+        self.is_looked_at = False  # soon, for what was swallowed
+        self.timer: Optional[asyncio.TimerHandle] = None  # and what is not yet
+        self.pause = _FIRST_PAUSE
         self.exceptions: List[BaseException] = []
         self.in_hand: List[int] = []  # the ids of those, and of what they lead to
         # By the id of an exception, its traceback, if that is long, and the ids of the
@@ -139,6 +172,60 @@ class Holder:
                     holders = in_hand.setdefault(key, {})
                     holders[id(own)] = own
 
+    def look_soon(self) -> None:
+        """Look for what was swallowed as soon as the task waits for something."""
+        self.pause = _FIRST_PAUSE
+        task = self.task()
+        if not self.is_looked_at and task is not None:
+            self.is_looked_at = True
+            # In the context of the task: finalizers may ask for its variables.
+            task.get_loop().call_soon(self.forget_swallowed)
+
+    def forget_swallowed(self) -> None:
+        """Let go of what would be gone without us, since somebody has swallowed it.
+
+        Who tries again, or does something else instead, may need what the locals of the
+        failed attempt have and give back with them: a lock, a connection of a pool.
+        """
+        try:
+            self.is_looked_at = False
+            task = self.task()
+            if (
+                task is None
+                or task.done()  # most often: all is looked at next
+                or not COUNTS_ARE_EXACT
+                or not self._can_forget()
+            ):
+                return
+            noted = self.exceptions
+            swallowed = [
+                noted[index]
+                for index in range(max(0, len(noted) - _MOST_LOOKED_AT), len(noted))
+                if would_be_gone(noted, index)
+            ]
+            if swallowed:
+                self._take_out(swallowed)
+                self._tell_of_swallowed(swallowed)
+            if self.timer is not None:
+                self.timer.cancel()
+                self.timer = None
+            if self.exceptions:
+                # It is in an ``except`` block that waits, for one.  The timer holds
+                # nothing of this, which may have ended by then.
+                look = partial(_forget_swallowed, ref(self))
+                self.timer = task.get_loop().call_later(
+                    self.pause, look, context=Context()
+                )
+                self.pause *= 2
+        except Exception:
+            complain("looking for what was swallowed")
+
+    def _can_forget(self) -> bool:
+        return True
+
+    def _tell_of_swallowed(self, roots: List[BaseException]) -> None:
+        """Tell who counts what is severed."""
+
     def _let_go(self) -> None:
         own = self.reference
         if own is not None:
@@ -156,6 +243,12 @@ class Holder:
         self.exceptions = []
         for exc in others:
             self.note(exc)
+
+
+def _forget_swallowed(reference: "ref[Holder]") -> None:
+    holder = reference()
+    if holder is not None:
+        holder.forget_swallowed()
 
 
 def somebody_has(exc: BaseException) -> bool:

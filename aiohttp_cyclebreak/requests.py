@@ -23,7 +23,6 @@ from .exceptions import (
     graph,
     leads_to,
     traceback_of,
-    would_be_gone,
 )
 from .frames import COUNTS_ARE_EXACT, Emptied, empty, empty_with_callers, local_values
 from .holders import (
@@ -44,12 +43,6 @@ __all__ = ("FOLLOWED", "Asked", "FollowedRequest")
 
 # Where a request has what follows it, beside its own attributes.
 FOLLOWED = "_cyclebreak"
-
-# Seconds until what was not swallowed yet is looked at again; then twice as many.
-_FIRST_PAUSE = 0.1
-
-# The newest exceptions are looked at: one request may fail again and again.
-_MOST_LOOKED_AT = 10
 
 # How many references sys.getrefcount() gives for the __dict__ of an object, here the
 # logger, if nobody else has that dict.
@@ -87,10 +80,6 @@ class FollowedRequest(Holder):
         "is_scheduled",
         "limit",
         "kept",
-        "task",
-        "is_looked_at",
-        "timer",
-        "pause",
     )
 
     def __init__(
@@ -99,7 +88,7 @@ class FollowedRequest(Holder):
         connection: Connection,
         task: "asyncio.Future[Any]",
     ) -> None:
-        super().__init__()
+        super().__init__(task)
         self.request = request
         self.connection = connection  # aiohttp lets go of request.task before the end
         self.options: List[Options] = []
@@ -110,10 +99,6 @@ class FollowedRequest(Holder):
         self.is_scheduled = False
         self.limit = MOST_NOTED
         self.kept = False
-        self.task = ref(task)
-        self.is_looked_at = False  # soon, for what was swallowed
-        self.timer: Optional[asyncio.TimerHandle] = None  # and what is not yet
-        self.pause = _FIRST_PAUSE
 
     def add_options(self, options: Options) -> None:
         for each in self.options:
@@ -143,55 +128,14 @@ class FollowedRequest(Holder):
     def note_by(self, exc: BaseException, task: "asyncio.Task[Any]") -> None:
         self.note(exc)
         self.callers[id(task)] = ref(task)
-        self.pause = _FIRST_PAUSE
-        if not self.is_looked_at:
-            self.is_looked_at = True
-            # In the context of the request, as in end().
-            task.get_loop().call_soon(self.forget_swallowed)
+        self.look_soon()
         if len(self.exceptions) >= self.limit and not self.is_scheduled:
             self.is_scheduled = True
             task.get_loop().call_soon(self.sever_older_ones)
 
-    def forget_swallowed(self) -> None:
-        """Let go of what would be gone without us, since somebody has swallowed it.
-
-        Who tries again, or does something else instead, may need what the locals of the
-        failed attempt have and give back with them: a lock, a connection of a pool.
-        """
-        try:
-            self.is_looked_at = False
-            task = self.task()
-            if (
-                task is None
-                or task.done()  # most often: all is looked at next
-                or not COUNTS_ARE_EXACT
-                or not self.are_default
-                # The frames of a websocket's handler are to be looked at.
-                or hdrs.UPGRADE in self.request.headers
-            ):
-                return
-            noted = self.exceptions
-            swallowed = [
-                noted[index]
-                for index in range(max(0, len(noted) - _MOST_LOOKED_AT), len(noted))
-                if would_be_gone(noted, index)
-            ]
-            if swallowed:
-                self._take_out(swallowed)
-                self._tell_of_swallowed(swallowed)
-            if self.timer is not None:
-                self.timer.cancel()
-                self.timer = None
-            if self.exceptions:
-                # It is in an ``except`` block that waits, for one.  The timer holds
-                # nothing of the request, which may have ended by then.
-                look = partial(_forget_swallowed, ref(self))
-                self.timer = task.get_loop().call_later(
-                    self.pause, look, context=Context()
-                )
-                self.pause *= 2
-        except Exception:
-            complain("looking for what was swallowed")
+    def _can_forget(self) -> bool:
+        # The frames of a websocket's handler are to be looked at.
+        return self.are_default and hdrs.UPGRADE not in self.request.headers
 
     def _tell_of_swallowed(self, roots: List[BaseException]) -> None:
         if not any(options.listener for options in self.options):
@@ -406,12 +350,6 @@ class FollowedRequest(Holder):
         else:
             late = BodyReleasedError if self.releases_body else web.PayloadAccessError
             _release_payload(request, self.connection, late)
-
-
-def _forget_swallowed(reference: "ref[FollowedRequest]") -> None:
-    followed = reference()
-    if followed is not None:
-        followed.forget_swallowed()
 
 
 def _emptied_by(connection: Connection) -> Emptied:

@@ -1036,6 +1036,32 @@ def test_a_worker_keeps_no_context_of_an_earlier_job() -> None:
     assert run(main(True)) == 1
 
 
+@pytest.mark.parametrize("guarded", [False, True], ids=["bare", "guarded"])
+def test_a_worker_has_nothing_of_a_call_that_took_too_long(guarded: bool) -> None:
+    """Not even until its next call, which may need what this one has."""
+    found: List[bool] = []
+
+    async def main() -> None:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            sock.listen()  # nobody answers
+            url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
+            traces = [client_cyclebreak()] if guarded else []
+            timeout = aiohttp.ClientTimeout(total=0.05)
+            async with aiohttp.ClientSession(
+                trace_configs=traces, timeout=timeout
+            ) as session:
+                before = len(alive(Marker))
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await call(session, url)
+                await spin()
+                found.append(len(alive(Marker)) > before)
+
+    with no_collector():
+        run(main())
+    assert found == [False]
+
+
 def test_a_worker_that_has_ended_leaves_nothing() -> None:
     async def main() -> int:
         async with session_of(Upstream((HALF,))) as (session, url):

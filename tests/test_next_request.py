@@ -601,11 +601,27 @@ class Lent:
         self.pool.release()
 
 
+class Converted(KeyError):
+    def __init__(self, original: BaseException) -> None:
+        super().__init__(original)
+        self.original = original
+
+
+class Converting:
+    """Has the failure, which it raises another one for, in its own arguments."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, exc: Any, entry: Any) -> None:
+        raise Converted(exc)
+
+
 @pytest.mark.parametrize("guard", ["bare", *GUARDS])
-@pytest.mark.parametrize("cause", [False, True], ids=["alone", "with a cause"])
+@pytest.mark.parametrize("failure", ["alone", "with a cause", "converted"])
 @pytest.mark.parametrize("when", ["at once", "soon", "in the except block"])
 def test_what_a_failed_attempt_has_is_given_back_to_the_next(
-    when: str, cause: bool, guard: str
+    when: str, failure: str, guard: str
 ) -> None:
     """It would wait for it: nobody but us has the failure that was swallowed."""
 
@@ -628,9 +644,12 @@ def test_what_a_failed_attempt_has_is_given_back_to_the_next(
             await asyncio.wait_for(pool.acquire(), TIMEOUT)
             lent = Lent(pool)
             try:
+                if failure == "converted":
+                    with Converting():
+                        lent.fail()
                 lent.fail()
             except ValueError as exc:
-                if cause:
+                if failure == "with a cause":
                     raise KeyError(request.path) from exc
                 raise
             return web.Response()
