@@ -176,10 +176,13 @@ class Holder:
         """Look for what was swallowed as soon as the task waits for something."""
         self.pause = _FIRST_PAUSE
         task = self.task()
-        if not self.is_looked_at and task is not None:
+        if self.is_looked_at or task is None:
+            return
+        loop = task.get_loop()
+        if loop is asyncio.get_running_loop():  # not so in a thread with its own
             self.is_looked_at = True
             # In the context of the task: finalizers may ask for its variables.
-            task.get_loop().call_soon(self.forget_swallowed)
+            loop.call_soon(self.forget_swallowed)
 
     def forget_swallowed(self) -> None:
         """Let go of what would be gone without us, since somebody has swallowed it.
@@ -221,6 +224,7 @@ class Holder:
             complain("looking for what was swallowed")
 
     def _can_forget(self) -> bool:
+        """Whether nothing but the count of references is to be asked."""
         return True
 
     def _tell_of_swallowed(self, roots: List[BaseException]) -> None:

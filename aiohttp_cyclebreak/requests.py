@@ -209,6 +209,8 @@ class FollowedRequest(Holder):
                 del self.request
             # The traceback of an exception that is left alone may lead here.
             self.exceptions = []
+            if self.timer is not None:
+                self.timer.cancel()
             if not self.connection.following:
                 self.connection.emptied = None
             del self.connection
