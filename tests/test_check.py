@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import urllib.request
+import warnings
 from typing import Any, Dict, List
 
 import pytest
@@ -206,6 +207,14 @@ def uvloop_app():
 
 def main(argv):
     return create_app(argv)
+
+
+def main_by_itself(argv=None):
+    return create_app(argv)
+
+
+def from_options(**options):
+    return create_app(**options)
 
 
 def create_guarded():
@@ -599,13 +608,18 @@ def importable(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("leaky:create_app", ["-x", "y"], "(['-x', 'y'],) {}"),
         ("leaky:main", [], "([],) {}"),
         ("leaky:main", ["-x", "y"], "(['-x', 'y'],) {}"),
+        ("leaky:main_by_itself", [], "(None,) {}"),
+        ("leaky:from_options", [], "() {}"),
         ("script:create_app('imported')", [], "('imported',) {}"),
     ],
 )
 def test_an_application_is_found(target: str, words: List[str], told: str) -> None:
     """As it is, or made with its arguments; a script's own server is not started."""
     run_app = web.run_app
-    app = find(parse_target(target), words, lambda trying: None)
+    with warnings.catch_warnings(record=True) as complaints:
+        app = find(parse_target(target), words, lambda trying: None)
+    # Of aiohttp's, and none of a script's coroutine that nobody awaited.
+    assert not [each for each in complaints if each.category is RuntimeWarning]
     assert app["told"] == told
     assert web.run_app is run_app
 
