@@ -6,6 +6,7 @@ aiohttp can have it, it is left to the connection, without a callback: see
 :mod:`.connections`.
 """
 
+import asyncio
 import sys
 from sys import getrefcount
 from typing import Any, Callable, Optional
@@ -138,6 +139,7 @@ def note_http_exception(
     exc: web.HTTPException,
     options: Options,
     middleware: Optional[Callable[..., Any]],
+    is_innermost: bool = False,
 ) -> None:
     """As :func:`note`, for an exception that is most likely the response.
 
@@ -152,6 +154,7 @@ def note_http_exception(
         options: as for :func:`note`.
         middleware: ours that may be the outermost of all; then nobody swallows the
             exception after it.  None: one of ours is for certain.
+        is_innermost: whether there is that one and others between, which may.
     """
     try:
         if options.are_silent and not calls.are_followed:
@@ -186,6 +189,15 @@ def note_http_exception(
                     connection.raised_by = request
                     pending[id(exc)] = connection.reference
                     settled_connections.discard(connection.key)
+                    if not is_put_off and (
+                        is_innermost
+                        or (
+                            connection.asked is request
+                            and middleware is not None
+                            and not internals.is_outermost(request, middleware)
+                        )
+                    ):
+                        _look_soon(request, connection, options)
                     return
     except Exception:
         complain("putting off an exception")
@@ -206,6 +218,36 @@ def _ask_in_the_end(request: web.BaseRequest, connection: Connection) -> bool:
     connection.asked = request
     task.add_done_callback(Asked(request, connection).done)
     return True
+
+
+def _look_soon(
+    request: web.BaseRequest, connection: Connection, options: Options
+) -> None:
+    """Look for a response that was swallowed as soon as its request waits."""
+    task = internals.own_task(request)
+    if task is not None:
+        task.get_loop().call_soon(_follow_swallowed, request, task, connection, options)
+
+
+def _follow_swallowed(
+    request: web.BaseRequest,
+    task: "asyncio.Task[Any]",
+    connection: Connection,
+    options: Options,
+) -> None:
+    """Follow a request that goes on after it has raised what was put off.
+
+    What other middlewares do next may wait for what the exception's frames have: see
+    :meth:`FollowedRequest.forget_swallowed`.
+    """
+    try:
+        if task.done() or connection.raised_by is not request:  # most often
+            return
+        followed = follow(request, options)
+        if followed is not None:
+            followed.forget_swallowed()
+    except Exception:
+        complain("looking for what was swallowed")
 
 
 def leave_alone(request: web.BaseRequest, kept: bool) -> None:

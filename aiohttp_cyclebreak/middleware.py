@@ -256,7 +256,7 @@ def _make_inner_layer(options: Options, outermost: "Middleware") -> "Middleware"
         except HTTPException as exc:
             # In a task of its own, the outermost may be through with the request.
             if internals.own_task(request) is not None:
-                note_http_exception(request, exc, options, outermost)
+                note_http_exception(request, exc, options, outermost, True)
             else:
                 note(request, exc, options)
             raise

@@ -136,7 +136,7 @@ async def guarded_middleware(
         options = internals.guard_options(request)
         if options is not None:
             if internals.own_task(request) is not None:
-                note_http_exception(request, exc, options, None)
+                note_http_exception(request, exc, options, None, True)
             else:
                 note(request, exc, options)
         raise

@@ -618,7 +618,10 @@ class Converting:
 
 
 @pytest.mark.parametrize("guard", ["bare", *GUARDS])
-@pytest.mark.parametrize("failure", ["alone", "with a cause", "converted"])
+@pytest.mark.parametrize(
+    "failure",
+    ["alone", "with a cause", "converted", "a response", "a response with a cause"],
+)
 @pytest.mark.parametrize("when", ["at once", "soon", "in the except block"])
 def test_what_a_failed_attempt_has_is_given_back_to_the_next(
     when: str, failure: str, guard: str
@@ -630,7 +633,7 @@ def test_what_a_failed_attempt_has_is_given_back_to_the_next(
         for _ in range(2):
             try:
                 return await handler(request)  # type: ignore[no-any-return]
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, web.HTTPServiceUnavailable):
                 if when == "in the except block":
                     await spin()
             if when == "soon":
@@ -643,6 +646,8 @@ def test_what_a_failed_attempt_has_is_given_back_to_the_next(
         async def fail(request: web.Request) -> web.Response:
             await asyncio.wait_for(pool.acquire(), TIMEOUT)
             lent = Lent(pool)
+            if failure == "a response":
+                raise web.HTTPServiceUnavailable
             try:
                 if failure == "converted":
                     with Converting():
@@ -651,6 +656,8 @@ def test_what_a_failed_attempt_has_is_given_back_to_the_next(
             except ValueError as exc:
                 if failure == "with a cause":
                     raise KeyError(request.path) from exc
+                if failure == "a response with a cause":
+                    raise web.HTTPServiceUnavailable from exc
                 raise
             return web.Response()
 

@@ -5,7 +5,7 @@ import contextlib
 import sys
 import traceback
 import weakref
-from typing import Any, Callable, List
+from typing import Any, Callable, Dict, List, Optional, Type
 
 import pytest
 from aiohttp import web
@@ -40,9 +40,22 @@ def test_what_is_stored_in_a_success_while_it_is_prepared() -> None:
     assert run(left_by(add, "/", 200, setup)) == 3
 
 
-@pytest.mark.parametrize("guard", ["bare", "appended", "setup"])
-def test_a_response_that_is_swallowed_while_its_request_goes_on(guard: str) -> None:
-    """It stays until the request ends, with the locals of its frames."""
+@pytest.mark.parametrize("error", [LookupError, web.HTTPServiceUnavailable])
+@pytest.mark.parametrize(
+    ("options", "is_left"),
+    [
+        (None, False),
+        ({}, False),
+        ({"keep": lambda request, exc: False}, True),
+        ({"on_break": lambda event: None}, True),
+        ({"clear_frames": False}, True),
+    ],
+    ids=["bare", "default", "keep", "on_break", "clear_frames"],
+)
+def test_what_is_swallowed_while_its_request_goes_on(
+    options: Optional[Dict[str, Any]], is_left: bool, error: Type[Exception]
+) -> None:
+    """Where an option has a say it stays until then, with the locals of its frames."""
     found: List[Any] = []
 
     class Local:
@@ -51,11 +64,11 @@ def test_a_response_that_is_swallowed_while_its_request_goes_on(guard: str) -> N
     async def refuse(request: web.Request) -> web.Response:
         local = Local()
         found.append(weakref.ref(local))
-        raise web.HTTPServiceUnavailable
+        raise error
 
     @web.middleware
     async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
-        with contextlib.suppress(web.HTTPServiceUnavailable):
+        with contextlib.suppress(error):
             return await handler(request)  # type: ignore[no-any-return]
         await spin()
         found.append(found[0]() is not None)
@@ -64,15 +77,15 @@ def test_a_response_that_is_swallowed_while_its_request_goes_on(guard: str) -> N
     async def main() -> None:
         app = application(swallow)
         app.router.add_get("/fail", refuse)
-        if guard != "bare":
-            GUARDS[guard](app)
+        if options is not None:
+            setup(app, **options)
         with no_collector():
             async with serve(app) as service:
                 assert (await service.ask("/fail"))[0] == 200
                 await service.settle()
 
     run(main())
-    assert found[1:] == [guard != "bare"]
+    assert found[1:] == [is_left]
     assert found[0]() is None
 
 
