@@ -224,14 +224,14 @@ def _look_soon(
     request: web.BaseRequest, connection: Connection, options: Options
 ) -> None:
     """Look for a response that was swallowed as soon as its request waits."""
-    task = internals.own_task(request)
-    if task is not None:
-        task.get_loop().call_soon(_follow_swallowed, request, task, connection, options)
+    task = asyncio.current_task()  # its own, or the exception is not put off
+    loop = asyncio.get_running_loop()
+    loop.call_soon(_follow_swallowed, request, task, connection, options)
 
 
 def _follow_swallowed(
     request: web.BaseRequest,
-    task: "asyncio.Task[Any]",
+    task: "Optional[asyncio.Task[Any]]",
     connection: Connection,
     options: Options,
 ) -> None:
@@ -241,7 +241,8 @@ def _follow_swallowed(
     :meth:`FollowedRequest.forget_swallowed`.
     """
     try:
-        if task.done() or connection.raised_by is not request:  # most often
+        # Most often it has been answered meanwhile.
+        if task is None or task.done() or connection.raised_by is not request:
             return
         followed = follow(request, options)
         if followed is not None:
