@@ -277,8 +277,8 @@ def _count_holders(
 ) -> List[List[Any]]:
     """Add to what is known of some exceptions who else of them refers to which.
 
-    That are attributes and arguments, where many have the cause a second time; and the
-    locals of finished frames: an ``__exit__`` has the exception in its arguments that
+    Those are attributes and arguments, where many have the cause a second time; and the
+    locals of finished frames: an ``__exit__`` has in its arguments the exception that
     it raises another one for.
 
     Returns:
@@ -298,7 +298,9 @@ def _count_holders(
             entry = entry.tb_next
     for exc in found:
         for own in gc.get_referents(exc):
-            for each in gc.get_referents(own) if type(own) in (dict, tuple) else ():
+            kind = type(own)  # which a metaclass may compare as it likes
+            inner = kind is dict or kind is tuple
+            for each in gc.get_referents(own) if inner else ():
                 if id(each) in owners:
                     known[id(each)] += 1
                     leads[id(exc)].append(owners[id(each)])

@@ -38,6 +38,7 @@ from .service import (
     start,
     wrap_tasks,
 )
+from .test_hostile_exceptions import Strange
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -602,9 +603,12 @@ class Lent:
 
 
 class Converted(KeyError):
+    __slots__ = ("strange",)
+
     def __init__(self, original: BaseException) -> None:
         super().__init__(original)
         self.original = original
+        self.strange = Strange()
 
 
 class Converting:
