@@ -4,7 +4,7 @@ import asyncio
 import sys
 from contextvars import Context
 from functools import partial
-from typing import Any, Dict, List, Optional, cast
+from typing import Any, Dict, List, Optional
 from weakref import ref
 
 from . import calls, internals
@@ -52,7 +52,7 @@ class _Caller(Holder):
             due, self.due = self.due, []
             task = self.task()
             if task is not None and not task.done():
-                in_use = look_into([cast("asyncio.Task[Any]", task)])
+                in_use = look_into([task])
                 self._sever(due, in_use)
                 self.calls.forget_dead()  # or what this frees puts the next look off
         except Exception:

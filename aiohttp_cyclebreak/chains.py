@@ -36,6 +36,7 @@ from aiohttp import web
 
 from . import internals
 from .counts import module_of
+from .exceptions import mro_of
 from .frames import COUNTS_ARE_EXACT
 from .naming import (
     attribute_name,
@@ -49,7 +50,6 @@ from .naming import (
     is_resumable,
     items_of,
     local_name,
-    mro_of,
     values_of,
     variables_of,
 )

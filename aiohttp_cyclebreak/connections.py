@@ -380,6 +380,5 @@ def kept_requests() -> Set[int]:
         for frame in frames_of(exc)
         if is_finished(frame)  # what a task of its own runs is for itself
         for value in gc.get_referents(frame)
-        # Of any class, which may be compared as its metaclass likes: not is_request().
-        if any(base is web.BaseRequest for base in type(value).__mro__)
+        if internals.is_request(value)
     }

@@ -38,6 +38,7 @@ __all__ = (
     "leads_on",
     "leads_to",
     "links_of",
+    "mro_of",
     "sequence_of_group",
     "set_traceback",
     "traceback_of",
@@ -146,7 +147,7 @@ def graph(root: BaseException) -> List[BaseException]:
 
 
 # Of a class, whose metaclass may lie as well.
-_MRO: Any = type.__dict__["__mro__"]
+mro_of: Callable[[type], Tuple[type, ...]] = type.__dict__["__mro__"].__get__
 _NAMESPACE: Any = type.__dict__["__dict__"]
 
 # Not of one call alone, and perhaps large.
@@ -189,7 +190,7 @@ def attributes_of(value: Any) -> List[Any]:
     if issubclass(type(value), _NOT_ENTERED):
         return []
     attributes = gc.get_referents(value)  # without those in a __dict__
-    for base in _MRO.__get__(type(value)):
+    for base in mro_of(type(value)):
         own = _NAMESPACE.__get__(base).get("__dict__")
         if type(own) in (GetSetDescriptorType, MemberDescriptorType):
             namespace = own.__get__(value)

@@ -120,10 +120,6 @@ class Watching(_RequestReference):
     __slots__ = ()
 
 
-def _nothing() -> None:
-    return None
-
-
 class Holder:
     """Who has exceptions in hand, and is to be done with them."""
 
@@ -139,10 +135,8 @@ class Holder:
         "__weakref__",
     )
 
-    def __init__(self, task: "Optional[asyncio.Future[Any]]" = None) -> None:
-        self.task: Callable[[], Optional[asyncio.Future[Any]]] = _nothing
-        if task is not None:
-            self.task = ref(task)
+    def __init__(self, task: "asyncio.Future[Any]") -> None:
+        self.task: ref[Any] = ref(task)
         self.is_looked_at = False  # soon, for what was swallowed
         self.timer: Optional[asyncio.TimerHandle] = None  # and what is not yet
         self.pause = _FIRST_PAUSE

@@ -21,7 +21,7 @@ from aiohttp import hdrs, web, web_app, web_protocol
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_urldispatcher import SystemRoute
 
-from .exceptions import frames_of, is_exception
+from .exceptions import frames_of, is_exception, mro_of
 from .options import Options
 from .running import wrapped_coroutine
 
@@ -142,7 +142,16 @@ def is_request(value: object) -> bool:
 
     An application may give its handlers an object of its own in place of it.
     """
-    return web.BaseRequest in type(value).__mro__
+    return _is_of(value, web.BaseRequest)
+
+
+def _is_of(value: object, cls: type) -> bool:
+    # Not isinstance(): these classes are abstract, and ask the other one for its hash.
+    # By identity: a metaclass may compare its classes as it likes.
+    for base in mro_of(type(value)):  # noqa: SIM110 - a generator takes longer
+        if base is cls:
+            return True
+    return False
 
 
 def _is_called_by(code: Optional[CodeType]) -> bool:
@@ -251,8 +260,7 @@ def is_websocket_of(request: web.BaseRequest, value: object) -> bool:
     aiohttp: ``StreamResponse._req`` and ``BaseRequest._payload_writer``, which a clone
     of the request shares, 3.8 to 3.14.
     """
-    # Not issubclass(): the class is abstract, and asks the other one for its hash.
-    if not any(base is web.WebSocketResponse for base in type(value).__mro__):
+    if not _is_of(value, web.WebSocketResponse):
         return False
     own = getattr(value, "_req", None)
     return own is not None and own._payload_writer is request._payload_writer
@@ -662,7 +670,7 @@ def has_request(request: web.BaseRequest) -> bool:
         if is_request(each):
             if each._payload_writer is request._payload_writer:
                 return True
-        elif web.StreamResponse in type(each).__mro__:
+        elif _is_of(each, web.StreamResponse):
             held = [each._req]
             if is_exception(each):
                 held += gc.get_referents(*frames_of(each))

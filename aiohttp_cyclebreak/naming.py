@@ -35,6 +35,7 @@ from typing import (
 )
 
 from .counts import module_of, type_name
+from .exceptions import mro_of
 
 __all__ = (
     "attribute_name",
@@ -48,13 +49,11 @@ __all__ = (
     "is_resumable",
     "items_of",
     "local_name",
-    "mro_of",
     "values_of",
     "variables_of",
 )
 
 # Whatever a metaclass says.
-mro_of: Callable[[type], Tuple[type, ...]] = type.__dict__["__mro__"].__get__
 _flags_of: Callable[[type], int] = type.__dict__["__flags__"].__get__
 _namespace_of: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"].__get__
 

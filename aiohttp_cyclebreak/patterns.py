@@ -7,8 +7,9 @@ from typing import Any, Iterator, Optional, Set, Tuple
 from aiohttp import web
 
 from .counts import type_name
+from .exceptions import mro_of
 from .leaks import CATALOGUE, Remedy
-from .naming import is_of, is_resumable, mro_of
+from .naming import is_of, is_resumable
 
 __all__ = ("advise", "marks_of", "recognise")
 

@@ -25,10 +25,10 @@ from typing import (
 from aiohttp import web
 
 from .client import client_cyclebreak
+from .exceptions import mro_of
 from .internals import body_size
 from .leaks import Kind, Leak, Remedy, Step, gateway_of
 from .middleware import cyclebreak
-from .naming import mro_of
 from .server import guard_server
 
 __all__ = (

@@ -1,4 +1,7 @@
-"""What docs/safety.rst says is found and not mended: it is as bare, and no worse."""
+"""What docs/safety.rst says is found and not mended.
+
+Most of it is as bare, and no worse.
+"""
 
 import asyncio
 import contextlib
@@ -87,6 +90,43 @@ def test_what_is_swallowed_while_its_request_goes_on(
     run(main())
     assert found[1:] == [is_left]
     assert found[0]() is None
+
+
+def _locals_where_raised(exc: BaseException) -> Any:
+    (*_, (frame, _)) = traceback.walk_tb(exc.__traceback__)
+    return frame.f_locals
+
+
+@pytest.mark.parametrize("guard", ["bare", *GUARDS])
+def test_locals_that_somebody_keeps_to_evaluate_an_expression(guard: str) -> None:
+    """From CPython 3.13 on they are a view of the frame, which is emptied."""
+    kept: List[Any] = []
+
+    async def fail(request: web.Request) -> web.Response:
+        answer = 42  # noqa: F841
+        raise ValueError
+
+    @web.middleware
+    async def keep(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except ValueError as exc:
+            kept.append(_locals_where_raised(exc))
+            raise
+
+    async def main() -> None:
+        app = application(keep)
+        app.router.add_get("/fail", fail)
+        if guard != "bare":
+            GUARDS[guard](app)
+        async with serve(app) as service:
+            assert (await service.ask("/fail"))[0] == 500
+            await service.settle()
+
+    run(main())
+    names = set(kept.pop())  # it leads to the application, which has the list
+    is_empty = guard != "bare" and sys.version_info >= (3, 13)
+    assert ("answer" not in names) is is_empty
 
 
 def _keep(exc: Exception) -> Any:
