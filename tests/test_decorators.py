@@ -1,6 +1,7 @@
 """break_cycles and keep_cycles: on functions, View classes and methods of one."""
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import traceback
@@ -220,6 +221,32 @@ def test_a_decorated_function_can_be_called_without_a_request() -> None:
         return await add(1, 2)
 
     assert run(main()) == 3
+
+
+def test_a_decorated_function_that_fails_in_the_loop_of_another_thread() -> None:
+    """Nothing is asked of the request's loop from there: in debug mode that raises."""
+
+    @break_cycles
+    async def fail(request: web.Request) -> None:
+        raise ValueError
+
+    async def handle(request: web.Request) -> web.Response:
+        loop = asyncio.get_running_loop()
+        loop.set_debug(True)
+        with contextlib.suppress(ValueError):
+            await fail(request)
+        await asyncio.sleep(0)
+        with contextlib.suppress(ValueError):
+            await loop.run_in_executor(None, asyncio.run, fail(request))
+        return web.Response(text="ok")
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/", handle)
+        async with serve(app) as service:
+            assert await service.ask() == (200, "ok")
+
+    run(main())
 
 
 @pytest.mark.parametrize("decorate", [break_cycles, keep_cycles])
