@@ -621,7 +621,7 @@ class Converting:
         raise Converted(exc)
 
 
-@pytest.mark.parametrize("guard", ["bare", *GUARDS])
+@pytest.mark.parametrize("guard", ["bare", *GUARDS, "guard_server"])
 @pytest.mark.parametrize(
     "failure",
     ["alone", "with a cause", "converted", "a response", "a response with a cause"],
@@ -667,17 +667,57 @@ def test_what_a_failed_attempt_has_is_given_back_to_the_next(
 
         app = application(retry)
         app.router.add_get("/fail", fail)
-        if guard != "bare":
+        if guard in GUARDS:
             GUARDS[guard](app)
+        guards_runner = [guard_server] if guard == "guard_server" else []
         with no_collector():
             before = len(alive())
-            async with serve(app) as service:
+            async with serve(app, *guards_runner) as service:
                 assert (await service.ask("/fail"))[0] == 200
                 await service.settle()
             return len(alive()) - before
 
     left = run(main())
     assert guard == "bare" or left == 0
+
+
+@pytest.mark.parametrize("guard", ["bare", *GUARDS])
+@pytest.mark.parametrize("local", ["exception", "frame"])
+def test_what_is_swallowed_and_in_a_cycle_goes_with_its_request(
+    local: str, guard: str
+) -> None:
+    """It is not let go before: nothing would find the cycle any more."""
+
+    async def fail(request: web.Request) -> web.Response:
+        error = ValueError()
+        here: Any = error if local == "exception" else sys._getframe()  # noqa: F841
+        if local == "frame":
+            del error
+            raise ValueError
+        raise error
+
+    @web.middleware
+    async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
+        with contextlib.suppress(ValueError):
+            return await handler(request)  # type: ignore[no-any-return]
+        await spin()
+        return web.Response()
+
+    async def main() -> int:
+        app = application(swallow)
+        app.router.add_get("/fail", fail)
+        if guard != "bare":
+            GUARDS[guard](app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                for _ in range(3):
+                    assert (await service.ask("/fail"))[0] == 200
+                await service.settle()
+            return len(alive()) - before
+
+    # What a middleware swallows is not seen outside of it.
+    assert run(main()) == (3 if guard in ("bare", "outermost") else 0)
 
 
 _served: "ContextVar[str]" = ContextVar("served", default="nothing")

@@ -1035,15 +1035,19 @@ def test_threads_with_loops_of_their_own_note_the_same_exception() -> None:
     failed: List[BaseException] = []
 
     def note_again_and_again() -> None:
+        loop = asyncio.new_event_loop()
+        task = loop.create_future()
         try:
             for _ in range(20_000):
-                holder = holders.Holder()
+                holder = holders.Holder(task)
                 holder.note(outage)
                 assert holders.somebody_has(outage)
                 assert 0 not in holders.sort_out([outage]).spared
                 holder._let_go()
         except BaseException as exc:
             failed.append(exc)
+        finally:
+            loop.close()
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
