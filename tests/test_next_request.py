@@ -682,19 +682,24 @@ def test_what_a_failed_attempt_has_is_given_back_to_the_next(
 
 
 @pytest.mark.parametrize("guard", ["bare", *GUARDS])
-@pytest.mark.parametrize("local", ["exception", "frame"])
+@pytest.mark.parametrize("local", ["exception", "cause", "frame"])
 def test_what_is_swallowed_and_in_a_cycle_goes_with_its_request(
     local: str, guard: str
 ) -> None:
     """It is not let go before: nothing would find the cycle any more."""
 
     async def fail(request: web.Request) -> web.Response:
-        error = ValueError()
-        here: Any = error if local == "exception" else sys._getframe()  # noqa: F841
-        if local == "frame":
-            del error
-            raise ValueError
-        raise error
+        here: Any = sys._getframe()
+        if local == "exception":
+            here = ValueError()
+            raise here
+        if local == "cause":
+            try:
+                raise LookupError
+            except LookupError as exc:
+                here = exc
+                raise ValueError from exc
+        raise ValueError
 
     @web.middleware
     async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
