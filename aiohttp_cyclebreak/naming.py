@@ -17,7 +17,6 @@ from types import (
     MemberDescriptorType,
     MethodType,
     ModuleType,
-    TracebackType,
 )
 from typing import (
     Any,
@@ -58,7 +57,6 @@ _flags_of: Callable[[type], int] = type.__dict__["__flags__"].__get__
 _namespace_of: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"].__get__
 
 _HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
-_STDLIB = ("_asyncio", "_contextvars", "_functools", "builtins", "collections")
 _SPECIAL = ("__traceback__", "__cause__", "__context__", "__self__", "__func__")
 
 
@@ -297,8 +295,6 @@ def described(
         )
     if kind is MethodType:
         return f"method {_name_of(each.__func__)}", None, None
-    if kind is TracebackType:
-        return "traceback", None, None
     if issubclass(kind, type):
         return f"class {type_name(each)}", None, None
     return type_name(kind), None, None
@@ -397,7 +393,8 @@ def _how_function(function: Any, held: Any) -> str:
 
 def _how_by_descriptor(holder: Any, held: Any) -> str:
     for kind in mro_of(type(holder)):
-        in_c = not _flags_of(kind) & _HEAP or is_of(module_of(kind), _STDLIB)
+        # From CPython 3.12 on asyncio's tasks and futures have flags as ours do.
+        in_c = not _flags_of(kind) & _HEAP or module_of(kind) == "_asyncio"
         for name, descriptor in list(_namespace_of(kind).items()):
             if name.startswith("__") and name not in _SPECIAL:
                 continue

@@ -130,7 +130,7 @@ _SWALLOWED = (
 def advise(kind: str, leak: Optional[str], marks: Set[str]) -> str:
     """What to do about a chain."""
     for each in CATALOGUE:
-        if leak is not None and each.id.partition("/")[0] == leak:
+        if each.id.partition("/")[0] == leak:
             advice = f"{_REMEDIES[each.remedy]}; {leak} of the catalogue: {each.title}."
             if leak == "kept-local":
                 advice = f"{advice} {_SWALLOWED}"
