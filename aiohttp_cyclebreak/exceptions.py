@@ -22,6 +22,7 @@ from typing import (
     List,
     Optional,
     Sequence,
+    Set,
     Tuple,
 )
 
@@ -230,104 +231,91 @@ def goes_by_itself(exc: BaseException) -> bool:
 _LONGEST_CHAIN = 20
 # One instance that many requests raise has the entries of all.
 _MOST_ENTRIES = 200
+_MOST_ATTRIBUTES = 100
 
 
-def would_be_gone(exceptions: List[BaseException], index: int) -> bool:
-    """Whether an exception and its causes would be gone, if it were not in a list.
+def would_be_gone(
+    exceptions: List[BaseException], index: int, noted: Callable[[BaseException], int]
+) -> bool:
+    """Whether an exception and its causes would be gone, if nobody had noted them.
 
     That is so if nobody else has one of these, of their tracebacks or of the finished
     frames there, and none leads back to itself.  A frame that goes on is that of who
     has swallowed the exception.
 
     Args:
-        exceptions: the list.
+        exceptions: a list of who has noted it.
         index: where it is: who calls may have no reference of its own.
+        noted: gives how many such lists an exception is in.
     """
     found = graph(exceptions[index])
-    # References: both lists, the argument.  Most often somebody has it still.
-    if len(found) > _LONGEST_CHAIN or sys.getrefcount(found[0]) != 3:
+    # References: those lists, this one, the argument.  Most often somebody has it.
+    if len(found) > _LONGEST_CHAIN or sys.getrefcount(found[0]) != noted(found[0]) + 2:
         return False
     entries = itertools.chain.from_iterable(map(frames_of, found))
     if next(itertools.islice(entries, _MOST_ENTRIES, None), None) is not None:
         return False
-    leads = {id(exc): [id(target) for _, target in links_of(exc)] for exc in found}
-    # By id, the references that are known to exceptions and entries of tracebacks.
-    known = Counter(key for targets in leads.values() for key in targets)
-    known[id(found[0])] += 1
     del entries
-    frames = _count_holders(found, leads, known)
-    for exc in found:
-        # References: the list, the variable, the argument.
-        if sys.getrefcount(exc) != known[id(exc)] + 3:
-            return False
-        entry = traceback_of(exc)
-        while entry is not None:
-            # References: the exception or the entry before, the variable, the argument.
-            if sys.getrefcount(entry) != known[id(entry)] + 3:
-                return False
-            entry = entry.tb_next
-    return not _leads_back(leads) and not any(
-        # References: those that are counted, the list, the variable, the argument.
-        sys.getrefcount(frame) != held + 3 and is_finished(frame)
-        for frame, held in frames
+    # By id, the references that are known, and what leads to what.
+    known = Counter({id(exc): noted(exc) for exc in found})
+    parts = _parts_of(found)
+    del found
+    leads: Dict[int, List[int]] = {}
+    others: Set[int] = set()
+    for each in parts.values():
+        key, kind = id(each), type(each)
+        leads[key] = []
+        if kind is FrameType and not is_finished(each):
+            others.add(key)
+            continue
+        leads[key] += [id(own) for own in gc.get_referents(each) if id(own) in parts]
+        if not leads[key] and (kind is dict or kind is tuple or kind is list):
+            others.add(key)
+    del each
+    known.update(itertools.chain.from_iterable(leads.values()))
+    return not _leads_back(leads) and all(
+        # References: those that are known, the dict, the variable, the argument.
+        sys.getrefcount(each) == known[id(each)] + 3
+        for each in parts.values()
+        if id(each) not in others
     )
 
 
-def _count_holders(
-    found: List[BaseException], leads: Dict[int, List[int]], known: "Counter[int]"
-) -> List[List[Any]]:
-    """Add to what is known of some exceptions who else of them refers to which.
+def _parts_of(exceptions: List[BaseException]) -> Dict[int, Any]:
+    """What exceptions are made of, by id.
 
-    Those are attributes and arguments, where many have the cause a second time; and the
-    locals of finished frames: an ``__exit__`` has in its arguments the exception that
-    it raises another one for.
-
-    Returns:
-        The frames of the tracebacks, each with the number of those who refer to it:
-        entries, and the frames that it has called.
+    Those are themselves, their tracebacks, the frames there, and what holds attributes,
+    arguments and the members of groups: many have their cause there a second time.
     """
-    owners = {id(exc): id(exc) for exc in found}
-    frames: Dict[int, List[Any]] = {}
-    came_through: Dict[int, List[int]] = {}
-    for exc in found:
+    parts: Dict[int, Any] = {id(exc): exc for exc in exceptions}
+    for exc in exceptions:
         entry = traceback_of(exc)
         while entry is not None:
-            owners[id(entry)] = id(exc)
-            frame = entry.tb_frame
-            frames.setdefault(id(frame), [frame, 0])[1] += 1
-            came_through.setdefault(id(frame), []).append(id(exc))
+            parts[id(entry)] = entry
+            parts[id(entry.tb_frame)] = entry.tb_frame
             entry = entry.tb_next
-    for exc in found:
-        for own in gc.get_referents(exc):
-            kind = type(own)  # which a metaclass may compare as it likes
-            inner = kind is dict or kind is tuple
-            for each in gc.get_referents(own) if inner else ():
-                if id(each) in owners:
-                    known[id(each)] += 1
-                    leads[id(exc)].append(owners[id(each)])
-    for frame, _ in frames.values():
-        caller = frames.get(id(frame.f_back))
-        if caller is not None:
-            caller[1] += 1
-        if is_finished(frame):
-            for each in gc.get_referents(frame):
-                if id(each) in owners:
-                    known[id(each)] += 1
-                    for key in came_through[id(frame)]:
-                        leads[key].append(owners[id(each)])
-    return list(frames.values())
+    values = gc.get_referents(*exceptions)
+    for other in (dict, list):  # a group is made of one that is in its arguments
+        new = []
+        for value in values:
+            kind = type(value)  # which a metaclass may compare as it likes
+            if (kind is tuple or kind is other) and len(value) <= _MOST_ATTRIBUTES:
+                parts[id(value)] = value
+                new.append(value)
+        values = gc.get_referents(*new)
+    return parts
 
 
 def _leads_back(leads: Dict[int, List[int]]) -> bool:
-    """Whether one of some exceptions leads to itself, given what each leads to."""
-    left = dict(leads)
-    while left:
-        ends = [key for key in left if not any(each in left for each in left[key])]
-        if not ends:
-            return True
-        for key in ends:
-            del left[key]
-    return False
+    """Whether one of some objects leads to itself, given what each leads to."""
+    led_to = Counter(itertools.chain.from_iterable(leads.values()))
+    outside = [key for key in leads if key not in led_to]
+    for key in outside:  # grows while it is walked
+        for each in leads[key]:
+            led_to[each] -= 1
+            if not led_to[each]:
+                outside.append(each)
+    return len(outside) < len(leads)
 
 
 _MOST_GATHERED = 10_000

@@ -198,10 +198,11 @@ class Holder:
             swallowed = [
                 noted[index]
                 for index in range(max(0, len(noted) - _MOST_LOOKED_AT), len(noted))
-                if would_be_gone(noted, index)
+                if would_be_gone(noted, index, _times_noted)
             ]
             if swallowed:
-                self._take_out(swallowed)
+                # With its causes, which may have been noted before it.
+                self._take_out([exc for root in swallowed for exc in graph(root)])
                 self._tell_of_swallowed(swallowed)
             if self.timer is not None:
                 self.timer.cancel()
@@ -233,14 +234,27 @@ class Holder:
             self.frame_ids = {}
             self.reference = None
 
-    def _take_out(self, roots: List[BaseException]) -> None:
+    def _take_out(self, exceptions: List[BaseException]) -> None:
         """Let go of some exceptions, and keep the others in hand."""
         self._let_go()
-        out = set(map(id, roots))
+        out = set(map(id, exceptions))
         others = [exc for exc in self.exceptions if id(exc) not in out]
         self.exceptions = []
         for exc in others:
             self.note(exc)
+
+
+def _times_noted(exc: BaseException) -> int:
+    """How many have noted an exception itself; of very many, none."""
+    holders = list(in_hand.get(id(exc), {}).values())  # another thread may change it
+    if len(holders) > _MOST_LOOKED_AT:
+        return 0
+    times = 0
+    for found in holders:
+        holder = found()
+        if holder is not None and any(each is exc for each in holder.exceptions):
+            times += 1
+    return times
 
 
 def _forget_swallowed(reference: "ref[Holder]") -> None:

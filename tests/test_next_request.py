@@ -15,6 +15,7 @@ import pytest
 from aiohttp import web
 
 from aiohttp_cyclebreak import (
+    break_cycles,
     complaints,
     connections,
     cyclebreak,
@@ -624,7 +625,10 @@ class Converting:
 @pytest.mark.parametrize("guard", ["bare", *GUARDS, "guard_server"])
 @pytest.mark.parametrize(
     "failure",
-    ["alone", "with a cause", "converted", "a response", "a response with a cause"],
+    [
+        *["alone", "with a cause", "with a cause that was noted", "converted"],
+        *["a response", "a response with a cause"],
+    ],
 )
 @pytest.mark.parametrize("when", ["at once", "soon", "in the except block"])
 def test_what_a_failed_attempt_has_is_given_back_to_the_next(
@@ -644,6 +648,12 @@ def test_what_a_failed_attempt_has_is_given_back_to_the_next(
                 await spin()
         return web.Response()
 
+    async def part(request: web.Request, lent: Lent) -> None:
+        lent.fail()
+
+    if guard != "bare":
+        part = break_cycles(part)
+
     async def main() -> int:
         pool = asyncio.Semaphore(1)
 
@@ -656,9 +666,11 @@ def test_what_a_failed_attempt_has_is_given_back_to_the_next(
                 if failure == "converted":
                     with Converting():
                         lent.fail()
+                if failure == "with a cause that was noted":
+                    await part(request, lent)
                 lent.fail()
             except ValueError as exc:
-                if failure == "with a cause":
+                if "with a cause" in failure and "response" not in failure:
                     raise KeyError(request.path) from exc
                 if failure == "a response with a cause":
                     raise web.HTTPServiceUnavailable from exc
@@ -682,14 +694,83 @@ def test_what_a_failed_attempt_has_is_given_back_to_the_next(
 
 
 @pytest.mark.parametrize("guard", ["bare", *GUARDS])
-@pytest.mark.parametrize("local", ["exception", "cause", "frame"])
+def test_what_several_requests_have_swallowed_goes_while_they_go_on(
+    guard: str,
+) -> None:
+    """Each would leave it to the other, and may wait for what it has."""
+    waiting: List[asyncio.Future[Any]] = []
+
+    async def main() -> None:
+        pool = asyncio.Semaphore(0)
+
+        async def fail(request: web.Request) -> web.Response:
+            own = asyncio.get_running_loop().create_future()
+            waiting.append(own)
+            if len(waiting) == 2:
+                try:
+                    Lent(pool).fail()
+                except ValueError as exc:
+                    waiting.pop().set_exception(exc)
+                    waiting.pop().set_exception(exc)
+            try:
+                await own
+            finally:
+                del own
+            return web.Response()
+
+        @web.middleware
+        async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
+            with contextlib.suppress(ValueError):
+                return await handler(request)  # type: ignore[no-any-return]
+            await asyncio.wait_for(pool.acquire(), TIMEOUT)
+            pool.release()
+            return web.Response()
+
+        app = application(swallow)
+        app.router.add_get("/fail", fail)
+        if guard != "bare":
+            GUARDS[guard](app)
+        with no_collector():
+            async with serve(app) as service:
+                asked = [service.ask("/fail") for _ in range(2)]
+                answers = await asyncio.gather(*asked)
+        assert [status for status, _ in answers] == [200, 200]
+
+    run(main())
+
+
+def failure() -> Exception:
+    try:
+        raise LookupError
+    except LookupError as exc:
+        return exc
+
+
+@pytest.mark.parametrize("guard", ["bare", *GUARDS])
+@pytest.mark.parametrize(
+    "local", ["exception", "cause", "cause returned", "arguments", "group", "frame"]
+)
 def test_what_is_swallowed_and_in_a_cycle_goes_with_its_request(
     local: str, guard: str
 ) -> None:
     """It is not let go before: nothing would find the cycle any more."""
+    if local == "group" and sys.version_info < (3, 11):
+        pytest.skip("there are none")
 
     async def fail(request: web.Request) -> web.Response:
         here: Any = sys._getframe()
+        if local == "cause returned":
+            here = failure()  # whose frame leads to this one, which called it
+            raise ValueError from here
+        if local in ("arguments", "group"):
+            try:
+                raise ValueError
+            except ValueError as exc:
+                if local == "arguments":
+                    here = (exc,)
+                    raise ValueError(*here) from exc
+                here = [exc]
+            raise builtins.ExceptionGroup("", here)  # type: ignore[attr-defined]
         if local == "exception":
             here = ValueError()
             raise here
@@ -703,7 +784,7 @@ def test_what_is_swallowed_and_in_a_cycle_goes_with_its_request(
 
     @web.middleware
     async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(Exception):
             return await handler(request)  # type: ignore[no-any-return]
         await spin()
         return web.Response()
@@ -729,9 +810,9 @@ _served: "ContextVar[str]" = ContextVar("served", default="nothing")
 
 
 @pytest.mark.parametrize("guard", ["bare", *GUARDS])
-@pytest.mark.parametrize("waits", [False, True], ids=["at once", "late"])
+@pytest.mark.parametrize("end", ["at once", "late"])
 def test_what_a_handler_leaves_open_is_closed_in_its_context(
-    waits: bool, guard: str
+    end: str, guard: str
 ) -> None:
     """A generator may ask for the variables of the request in its finally clause."""
     found: List[str] = []
@@ -760,9 +841,13 @@ def test_what_a_handler_leaves_open_is_closed_in_its_context(
         try:
             return await handler(request)  # type: ignore[no-any-return]
         except ValueError:
-            if waits:
+            if end != "at once":
                 await spin()
-            raise
+            if end != "swallowed late":
+                raise
+        while len(found) < 2:  # until it is looked at again
+            await asyncio.sleep(0.01)
+        return web.Response(status=500)
 
     async def main() -> None:
         app = application(report)
