@@ -68,6 +68,7 @@ class _Caller(Holder):
             complain("severing the calls of a task")
         finally:
             self._let_go()
+            self._stop_timer()
             self.exceptions = []
             self.due = []
 
@@ -84,6 +85,8 @@ class _Caller(Holder):
             sever(own, spared=sorted_out.spared)
         for exc in sorted_out.in_flight[-MOST_NOTED:]:
             self.note(exc)
+        if not self.exceptions:
+            self._stop_timer()
 
 
 def _current_caller() -> Optional[_Caller]:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from contextvars import Context
+from contextvars import Context, copy_context
 from functools import partial
 from types import TracebackType
 from typing import (
@@ -170,7 +170,7 @@ class Holder:
         """Look for what was swallowed as soon as the task waits for something."""
         self.pause = _FIRST_PAUSE
         task = self.task()
-        if self.is_looked_at or task is None:
+        if self.is_looked_at or task is None or not COUNTS_ARE_EXACT:
             return
         loop = task.get_loop()
         if loop is asyncio.get_running_loop():  # not so in a thread with its own
@@ -204,13 +204,11 @@ class Holder:
                 # With its causes, which may have been noted before it.
                 self._take_out([exc for root in swallowed for exc in graph(root)])
                 self._tell_of_swallowed(swallowed)
-            if self.timer is not None:
-                self.timer.cancel()
-                self.timer = None
+            self._stop_timer()
             if self.exceptions:
-                # It is in an ``except`` block that waits, for one.  The timer holds
-                # nothing of this, which may have ended by then.
-                look = partial(_forget_swallowed, ref(self))
+                # It is in an ``except`` block that waits, for one.  The timer does not
+                # hold this, which may have ended by then.
+                look = partial(_forget_swallowed, ref(self), copy_context())
                 self.timer = task.get_loop().call_later(
                     self.pause, look, context=Context()
                 )
@@ -224,6 +222,12 @@ class Holder:
 
     def _tell_of_swallowed(self, roots: List[BaseException]) -> None:
         """Tell who counts what is severed."""
+
+    def _stop_timer(self) -> None:
+        """Have nothing wait any more, and hold the context of what has ended."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
     def _let_go(self) -> None:
         own = self.reference
@@ -257,10 +261,10 @@ def _times_noted(exc: BaseException) -> int:
     return times
 
 
-def _forget_swallowed(reference: "ref[Holder]") -> None:
+def _forget_swallowed(reference: "ref[Holder]", context: Context) -> None:
     holder = reference()
     if holder is not None:
-        holder.forget_swallowed()
+        context.run(holder.forget_swallowed)
 
 
 def somebody_has(exc: BaseException) -> bool:

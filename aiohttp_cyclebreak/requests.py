@@ -128,7 +128,8 @@ class FollowedRequest(Holder):
     def note_by(self, exc: BaseException, task: "asyncio.Task[Any]") -> None:
         self.note(exc)
         self.callers[id(task)] = ref(task)
-        self.look_soon()
+        if self.are_default:
+            self.look_soon()
         if len(self.exceptions) >= self.limit and not self.is_scheduled:
             self.is_scheduled = True
             task.get_loop().call_soon(self.sever_older_ones)
@@ -209,8 +210,7 @@ class FollowedRequest(Holder):
                 del self.request
             # The traceback of an exception that is left alone may lead here.
             self.exceptions = []
-            if self.timer is not None:
-                self.timer.cancel()
+            self._stop_timer()
             if not self.connection.following:
                 self.connection.emptied = None
             del self.connection

@@ -1036,6 +1036,33 @@ def test_a_worker_keeps_no_context_of_an_earlier_job() -> None:
     assert run(main(True)) == 1
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_worker_that_waits_with_a_failure_keeps_no_context(goes_on: bool) -> None:
+    """It was to be looked at again, in the context of its job, and has gone before."""
+
+    async def main() -> int:
+        async with session_of(Upstream((NOT_HTTP, OK))) as (session, url):
+
+            async def work() -> int:
+                JOB.set(Job())
+                try:
+                    await call(session, url)
+                except FAILURES:
+                    await spin()
+                JOB.set(None)
+                if goes_on:
+                    await call(session, url)
+                    await spin()
+                return len(alive(Job))
+
+            with no_collector():
+                left = await asyncio.ensure_future(work())
+                await spin()
+                return left if goes_on else len(alive(Job))
+
+    assert run(main()) == 0
+
+
 @pytest.mark.parametrize("guarded", [False, True], ids=["bare", "guarded"])
 def test_a_worker_has_nothing_of_a_call_that_took_too_long(guarded: bool) -> None:
     """Not even until its next call, which may need what this one has."""

@@ -810,7 +810,7 @@ _served: "ContextVar[str]" = ContextVar("served", default="nothing")
 
 
 @pytest.mark.parametrize("guard", ["bare", *GUARDS])
-@pytest.mark.parametrize("end", ["at once", "late"])
+@pytest.mark.parametrize("end", ["at once", "late", "swallowed late"])
 def test_what_a_handler_leaves_open_is_closed_in_its_context(
     end: str, guard: str
 ) -> None:
