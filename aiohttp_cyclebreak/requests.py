@@ -33,6 +33,7 @@ from .holders import (
     Watching,
     leave,
     look_into,
+    somebody_has,
     sort_out,
 )
 from .internals import HANDLE_REQUEST
@@ -142,6 +143,8 @@ class FollowedRequest(Holder):
         if not any(options.listener for options in self.options):
             return
         for root in roots:
+            if somebody_has(root):  # who has swallowed it, too
+                continue
             exceptions = graph(root)
             frames = sum(1 for exc in exceptions for _ in frames_of(exc))
             self._tell(root, Cut(len(exceptions), frames, frames))

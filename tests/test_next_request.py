@@ -15,6 +15,7 @@ import pytest
 from aiohttp import web
 
 from aiohttp_cyclebreak import (
+    Radar,
     break_cycles,
     complaints,
     connections,
@@ -23,6 +24,7 @@ from aiohttp_cyclebreak import (
     holders,
     keep_cycles,
     setup,
+    stats,
 )
 
 from .service import (
@@ -693,7 +695,7 @@ def test_what_a_failed_attempt_has_is_given_back_to_the_next(
     assert guard == "bare" or left == 0
 
 
-@pytest.mark.parametrize("guard", ["bare", *GUARDS])
+@pytest.mark.parametrize("guard", ["bare", *GUARDS, "radar"])
 def test_what_several_requests_have_swallowed_goes_while_they_go_on(
     guard: str,
 ) -> None:
@@ -728,12 +730,16 @@ def test_what_several_requests_have_swallowed_goes_while_they_go_on(
 
         app = application(swallow)
         app.router.add_get("/fail", fail)
-        if guard != "bare":
+        if guard == "radar":
+            setup(app, radar=Radar())
+        elif guard != "bare":
             GUARDS[guard](app)
         with no_collector():
             async with serve(app) as service:
                 asked = [service.ask("/fail") for _ in range(2)]
                 answers = await asyncio.gather(*asked)
+                await service.settle()
+                assert guard != "radar" or stats(app).exceptions == 1
         assert [status for status, _ in answers] == [200, 200]
 
     run(main())
