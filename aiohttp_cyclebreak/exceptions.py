@@ -248,9 +248,11 @@ def would_be_gone(
         index: where it is: who calls may have no reference of its own.
         noted: gives how many such lists an exception is in.
     """
+    # References: those lists, the argument.  Most often somebody has it still.
+    if sys.getrefcount(exceptions[index]) != noted(exceptions[index]) + 1:
+        return False
     found = graph(exceptions[index])
-    # References: those lists, this one, the argument.  Most often somebody has it.
-    if len(found) > _LONGEST_CHAIN or sys.getrefcount(found[0]) != noted(found[0]) + 2:
+    if len(found) > _LONGEST_CHAIN:
         return False
     entries = itertools.chain.from_iterable(map(frames_of, found))
     if next(itertools.islice(entries, _MOST_ENTRIES, None), None) is not None:
