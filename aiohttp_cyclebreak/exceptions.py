@@ -4,6 +4,7 @@ import builtins
 import gc
 import itertools
 import sys
+from asyncio import Future
 from collections import Counter, deque
 from types import (
     FrameType,
@@ -22,7 +23,6 @@ from typing import (
     List,
     Optional,
     Sequence,
-    Set,
     Tuple,
 )
 
@@ -35,6 +35,7 @@ __all__ = (
     "frames_of",
     "goes_by_itself",
     "graph",
+    "have_only_each_other",
     "is_exception",
     "leads_on",
     "leads_to",
@@ -231,7 +232,7 @@ def goes_by_itself(exc: BaseException) -> bool:
 _LONGEST_CHAIN = 20
 # One instance that many requests raise has the entries of all.
 _MOST_ENTRIES = 200
-_MOST_ATTRIBUTES = 100
+_MOST_HELD = 100
 
 
 def would_be_gone(
@@ -240,8 +241,7 @@ def would_be_gone(
     """Whether an exception and its causes would be gone, if nobody had noted them.
 
     That is so if nobody else has one of these, of their tracebacks or of the finished
-    frames there, and none leads back to itself.  A frame that goes on is that of who
-    has swallowed the exception.
+    frames there, and none leads back to itself.
 
     Args:
         exceptions: a list of who has noted it.
@@ -252,60 +252,113 @@ def would_be_gone(
     if sys.getrefcount(exceptions[index]) != noted(exceptions[index]) + 1:
         return False
     found = graph(exceptions[index])
-    if len(found) > _LONGEST_CHAIN:
+    if _are_too_many(found):
         return False
-    entries = itertools.chain.from_iterable(map(frames_of, found))
-    if next(itertools.islice(entries, _MOST_ENTRIES, None), None) is not None:
-        return False
-    del entries
-    # By id, the references that are known, and what leads to what.
     known = Counter({id(exc): noted(exc) for exc in found})
     parts = _parts_of(found)
     del found
-    leads: Dict[int, List[int]] = {}
-    others: Set[int] = set()
-    for each in parts.values():
-        key, kind = id(each), type(each)
-        leads[key] = []
-        if kind is FrameType and not is_finished(each):
-            others.add(key)
-            continue
-        leads[key] += [id(own) for own in gc.get_referents(each) if id(own) in parts]
-        if not leads[key] and (kind is dict or kind is tuple or kind is list):
-            others.add(key)
-    del each
-    known.update(itertools.chain.from_iterable(leads.values()))
-    return not _leads_back(leads) and all(
-        # References: those that are known, the dict, the variable, the argument.
-        sys.getrefcount(each) == known[id(each)] + 3
-        for each in parts.values()
-        if id(each) not in others
+    leads = _leads_of(parts)
+    return not _leads_back(leads) and _has_no_other(parts, leads, known)
+
+
+def have_only_each_other(
+    tasks: List[Any],
+    index: int,
+    exceptions: List[BaseException],
+    noted: Callable[[BaseException], int],
+) -> bool:
+    """Whether nobody can ask a task, which is done, for its exception any more.
+
+    Who has awaited it has failed with that, and may have it in a local: only the
+    collector would find both then, and not while somebody has noted the exception.
+
+    Args:
+        tasks: a list, as for :func:`would_be_gone`.
+        index: where the task is.
+        exceptions: that of the task, and all that it leads to.  The list is emptied.
+        noted: as for :func:`would_be_gone`.
+    """
+    if not exceptions or _are_too_many(exceptions):
+        return False
+    known = Counter({id(exc): noted(exc) for exc in exceptions})
+    known[id(tasks[index])] += 1  # the list
+    parts = _parts_of(exceptions, locals_too=True)
+    exceptions.clear()
+    return _has_no_other(parts, _leads_of(parts), known)
+
+
+def _are_too_many(exceptions: List[BaseException]) -> bool:
+    entries = itertools.chain.from_iterable(map(frames_of, exceptions))
+    return (
+        len(exceptions) > _LONGEST_CHAIN
+        or next(itertools.islice(entries, _MOST_ENTRIES, None), None) is not None
     )
 
 
-def _parts_of(exceptions: List[BaseException]) -> Dict[int, Any]:
+def _is_container(value: object) -> bool:
+    kind = type(value)  # which a metaclass may compare as it likes
+    if kind is dict or kind is tuple or kind is list or kind is set:
+        return len(value) <= _MOST_HELD  # type: ignore[arg-type]
+    return issubclass(kind, Future)
+
+
+def _parts_of(
+    exceptions: List[BaseException], locals_too: bool = False
+) -> Dict[int, Any]:
     """What exceptions are made of, by id.
 
-    Those are themselves, their tracebacks, the frames there, and what holds attributes,
-    arguments and the members of groups: many have their cause there a second time.
+    Those are themselves, their tracebacks, the finished frames there, and what holds
+    attributes, arguments and the members of groups, if one of those has some of these:
+    many have their cause there a second time.
+
+    Args:
+        exceptions: those.
+        locals_too: whether futures, lists and the like in the locals of frames count.
     """
     parts: Dict[int, Any] = {id(exc): exc for exc in exceptions}
+    frames: Dict[int, FrameType] = {}
     for exc in exceptions:
         entry = traceback_of(exc)
         while entry is not None:
             parts[id(entry)] = entry
-            parts[id(entry.tb_frame)] = entry.tb_frame
+            frames[id(entry.tb_frame)] = entry.tb_frame
             entry = entry.tb_next
-    values = gc.get_referents(*exceptions)
-    for other in (dict, list):  # a group is made of one that is in its arguments
-        new = []
-        for value in values:
-            kind = type(value)  # which a metaclass may compare as it likes
-            if (kind is tuple or kind is other) and len(value) <= _MOST_ATTRIBUTES:
-                parts[id(value)] = value
-                new.append(value)
-        values = gc.get_referents(*new)
+    # A frame that goes on is that of who has swallowed the exception.
+    frames = {key: frame for key, frame in frames.items() if is_finished(frame)}
+    parts.update(frames)
+    values = gc.get_referents(*exceptions, *(frames.values() if locals_too else ()))
+    outer = list(filter(_is_container, values))
+    inner = list(filter(_is_container, gc.get_referents(*outer)))  # what makes a group
+    for value in inner + outer:
+        if any(id(each) in parts for each in gc.get_referents(value)):
+            parts[id(value)] = value
     return parts
+
+
+def _leads_of(parts: Dict[int, Any]) -> Dict[int, List[int]]:
+    """To which others each of some objects leads, by id."""
+    return {
+        key: [id(own) for own in gc.get_referents(parts[key]) if id(own) in parts]
+        for key in parts
+    }
+
+
+def _has_no_other(
+    parts: Dict[int, Any], leads: Dict[int, List[int]], known: "Counter[int]"
+) -> bool:
+    """Whether nothing else refers to one of some objects.
+
+    Args:
+        parts: those, by id.
+        leads: to which others each leads.
+        known: how many more references to them there are.
+    """
+    known.update(itertools.chain.from_iterable(leads.values()))
+    return all(
+        # References: those that are known, the dict, the variable, the argument.
+        sys.getrefcount(each) == known[id(each)] + 3
+        for each in parts.values()
+    )
 
 
 def _leads_back(leads: Dict[int, List[int]]) -> bool:

@@ -33,6 +33,7 @@ from .exceptions import (
     exceptions_in,
     frames_of,
     graph,
+    have_only_each_other,
     leads_on,
     traceback_of,
     would_be_gone,
@@ -57,6 +58,7 @@ __all__ = (
     "pending",
     "somebody_has",
     "sort_out",
+    "still_asked",
 )
 
 # Neither of these keeps anything alive.  By the id of an exception, who has noted it,
@@ -151,6 +153,9 @@ class Holder:
         for exc in self.exceptions:
             if exc is root:
                 return
+        self._add(root)
+
+    def _add(self, root: BaseException) -> None:
         self.exceptions.append(root)
         own = self.reference
         if own is None:
@@ -245,7 +250,7 @@ class Holder:
         others = [exc for exc in self.exceptions if id(exc) not in out]
         self.exceptions = []
         for exc in others:
-            self.note(exc)
+            self._add(exc)
 
 
 def _times_noted(exc: BaseException) -> int:
@@ -284,6 +289,23 @@ class InUse:
     def __init__(self) -> None:
         self.frames: Set[int] = set()  # by id
         self.exceptions: Dict[int, BaseException] = {}
+
+
+def still_asked(tasks: "List[asyncio.Task[Any]]") -> "List[asyncio.Task[Any]]":
+    """Those of some tasks that go on, or may still be asked for their outcome."""
+    return [
+        tasks[index]
+        for index in range(len(tasks))
+        if not _is_left_to_itself(tasks, index)
+    ]
+
+
+def _is_left_to_itself(tasks: "List[asyncio.Task[Any]]", index: int) -> bool:
+    if not COUNTS_ARE_EXACT or not tasks[index].done():
+        return False
+    own = exceptions_in([internals.outcome_of(tasks[index])], lists=False)
+    found = graph(own.pop()) if own else []
+    return have_only_each_other(tasks, index, found, _times_noted)
 
 
 def look_into(tasks: "Iterable[asyncio.Task[Any]]", lists: bool = False) -> InUse:

@@ -35,6 +35,7 @@ from .holders import (
     look_into,
     somebody_has,
     sort_out,
+    still_asked,
 )
 from .internals import HANDLE_REQUEST
 from .options import BodyReleasedError, BreakEvent, Options
@@ -158,8 +159,8 @@ class FollowedRequest(Holder):
             if own is None or FOLLOWED not in self.request.__dict__:
                 return  # as above
             self.callers[id(own)] = ref(own)
-            alive = [found() for found in self.callers.values()]
-            tasks = [task for task in alive if task is not None]
+            alive = (found() for found in self.callers.values())
+            tasks = still_asked([task for task in alive if task is not None])
             self.callers = {id(task): ref(task) for task in tasks}
             in_use = look_into(tasks, lists=True)
             older = [
