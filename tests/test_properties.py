@@ -3,6 +3,8 @@
 Hypothesis makes the graphs and, when something does not hold, the smallest one.
 """
 
+import contextlib
+import functools
 import gc
 import os
 import sys
@@ -10,13 +12,19 @@ import traceback
 import types
 import weakref
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from aiohttp_cyclebreak.exceptions import frames_of, goes_by_itself, graph, leads_on
+from aiohttp_cyclebreak.exceptions import (
+    frames_of,
+    goes_by_itself,
+    graph,
+    leads_on,
+    would_be_gone,
+)
 from aiohttp_cyclebreak.running import in_flight
 from aiohttp_cyclebreak.sever import sever
 
@@ -455,3 +463,144 @@ def test_the_naive_way_closes_what_is_suspended() -> None:
         assert closed is (sys.version_info < (3, 13)), kind
         for suspended in world.suspended:
             suspended.close()
+
+
+# --- what was swallowed ---------------------------------------------------------
+
+
+class Failure(Exception):
+    """One that can be watched, and keeps what it is given as an argument."""
+
+
+def fail() -> None:
+    raise Failure
+
+
+def returned(call: Any) -> Any:
+    try:
+        call()
+    except Exception as exc:
+        return exc
+
+
+def passes(call: Any) -> None:
+    call()
+
+
+def converts(call: Any) -> None:
+    try:
+        call()
+    except Exception as exc:
+        raise Failure(exc) from exc
+
+
+def fails_while_it_handles(call: Any) -> None:
+    try:
+        call()
+    except Exception:
+        raise Failure  # noqa: B904
+
+
+def keeps(call: Any) -> None:
+    try:
+        call()
+    except Exception as exc:
+        kept = exc  # noqa: F841
+        raise
+
+
+def keeps_arguments(call: Any) -> None:
+    try:
+        call()
+    except Exception as exc:
+        arguments = (exc,)
+        raise Failure(*arguments) from exc
+
+
+def raises_what_was_returned(call: Any) -> None:
+    failed = returned(call)
+    raise Failure from failed
+
+
+def raises_what_was_returned_and_forgets(call: Any) -> None:
+    failed = returned(call)
+    try:
+        raise Failure from failed
+    finally:
+        del failed
+
+
+def tries_again(call: Any) -> None:
+    try:
+        call()
+    except Exception:
+        call()
+
+
+@contextlib.contextmanager
+def converting() -> Iterator[None]:
+    try:
+        yield
+    except Exception as exc:
+        raise Failure from exc
+
+
+def converts_by_a_context_manager(call: Any) -> None:
+    with converting():
+        call()
+
+
+def groups_a_list(call: Any) -> None:
+    raise BaseExceptionGroup("", [returned(call), returned(call)])
+
+
+def groups_a_tuple(call: Any) -> None:
+    raise BaseExceptionGroup("", (returned(call),))
+
+
+def groups_what_it_keeps(call: Any) -> None:
+    failed = [returned(call)]
+    raise BaseExceptionGroup("", failed)
+
+
+STEPS = [
+    *(passes, converts, fails_while_it_handles, keeps, keeps_arguments, tries_again),
+    *(raises_what_was_returned, raises_what_was_returned_and_forgets),
+    converts_by_a_context_manager,
+]
+if sys.version_info >= (3, 11):  # the backport's have their members elsewhere
+    STEPS += [groups_a_list, groups_a_tuple, groups_what_it_keeps]
+
+
+@settings(settings.get_profile(PROFILE))
+@given(st.lists(st.sampled_from(STEPS), max_size=5))
+def test_what_would_be_gone_goes(steps: List[Any]) -> None:
+    """And what would not stays: by reference counts alone."""
+    noted: List[BaseException] = []
+
+    async def swallow() -> None:
+        call: Any = fail
+        for step in steps:
+            call = functools.partial(step, call)
+        try:
+            call()
+        except Exception as exc:
+            noted.append(exc)
+        del call
+        await stop()
+
+    coroutine = swallow()
+    gc.disable()  # without a collection first: there are many examples
+    try:
+        coroutine.send(None)
+        watched = [weakref.ref(exc) for exc in graph(noted[0])]
+        if len(watched) > 20:  # nobody looks at so many
+            noted.clear()
+        else:
+            found = would_be_gone(noted, 0, lambda exc: int(exc is noted[0]))
+            noted.clear()
+            assert found is not any(each() is not None for each in watched)
+    finally:
+        gc.enable()
+    with contextlib.suppress(StopIteration):
+        coroutine.send(None)
