@@ -273,8 +273,8 @@ def have_only_each_other(
     collector would find both then, and not while somebody has noted the exception.
 
     Args:
-        tasks: a list, as for :func:`would_be_gone`.
-        index: where the task is.
+        tasks: a list, in which it is.
+        index: where: who calls may have no reference of its own.
         exceptions: that of the task, and all that it leads to.  The list is emptied.
         noted: as for :func:`would_be_gone`.
     """
