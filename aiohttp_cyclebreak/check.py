@@ -220,9 +220,9 @@ class Report:
         for request, answers in zip(self.plan.requests, self.guarded.answers):
             if set(answers) == {"500"}:
                 return (
-                    f"{request} was always answered by 500. An exception that nobody "
-                    "catches leaves nothing in any case: if the application lacks what "
-                    "it needs, give it that."
+                    f"{request} was always answered by 500. Most exceptions that "
+                    "nobody catches leave nothing, bare either: if the application "
+                    "lacks what it needs, give it that."
                 )
         return ""
 

@@ -543,7 +543,7 @@ def test_nothing_is_served(folder: str) -> None:
     assert not report.hint
     failed = dataclasses.replace(report.guarded, answers=[{"500": 3}])
     report = dataclasses.replace(report, guarded=failed)
-    assert report.hint.startswith("GET /told was always answered by 500")
+    assert report.hint.startswith("GET /told was always answered by 500. Most ")
 
 
 def test_what_is_made_once_is_no_leak(folder: str) -> None:
