@@ -37,6 +37,7 @@ __all__ = (
     "connection_of_response",
     "connection_of_upload",
     "connection_task",
+    "error_of",
     "error_of_call",
     "error_of_last_attempt",
     "error_of_websocket",
@@ -221,6 +222,15 @@ def outcome_of(task: "asyncio.Future[Any]") -> Any:
     """
     error = getattr(task, "_exception", None)
     return getattr(task, "_result", None) if error is None else error
+
+
+def error_of(task: "asyncio.Future[Any]") -> Optional[BaseException]:
+    """The exception of a task that is done, if it has one and was not cancelled.
+
+    asyncio: as for :func:`outcome_of`.
+    """
+    error: Optional[BaseException] = getattr(task, "_exception", None)
+    return error
 
 
 def cancellation_of(task: "asyncio.Future[Any]") -> Optional[BaseException]:

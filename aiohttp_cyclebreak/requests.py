@@ -5,7 +5,7 @@ from collections import Counter
 from contextvars import Context
 from functools import partial
 from sys import getrefcount
-from typing import Any, Dict, List, Optional, Type, Union, cast
+from typing import Any, Container, Dict, List, Optional, Type, Union, cast
 from weakref import getweakrefs, ref
 
 from aiohttp import hdrs, web
@@ -274,6 +274,8 @@ class FollowedRequest(Holder):
             self.connection.keep_for_later(
                 sorted_out.in_flight, self._clears_frames, sorted_out.kept
             )
+        if task is not None:
+            self._keep_error_of(task, sorted_out.kept)
         for root, own in sorted_out.ready:
             if in_use is None:  # or its websocket goes on
                 own += _release_websockets(self.request, own)
@@ -287,6 +289,20 @@ class FollowedRequest(Holder):
                 else partial(self._references, sorted_out, root, task),
             )
             self._tell(root, cut)
+
+    def _keep_error_of(self, task: "asyncio.Future[Any]", kept: Container[int]) -> None:
+        """Have what aiohttp has raised out of the request's task severed later.
+
+        It does after all middlewares, of a handler that has failed when its response
+        was begun.  The connection's task is told of it next, may log it, and ends.  It
+        would go by itself; but where a task factory wraps all tasks, the wrapper's
+        frame may have the task, which has the exception.
+        """
+        error = internals.error_of(task)
+        if error is None or any(error is each for each in self.exceptions):
+            return
+        if not self._is_kept(error):
+            self.connection.keep_for_later([error], self._clears_frames, kept)
 
     def _references(
         self,

@@ -4,11 +4,12 @@ import asyncio
 import builtins
 import contextlib
 import gc
+import logging
 import sys
 import traceback
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 from weakref import ref
 
 import pytest
@@ -2177,3 +2178,93 @@ def test_a_response_whose_frames_have_their_own_task(
         pytest.skip("asyncio has none of these before CPython 3.11")
     assert run(left_by_handler(handler, method, lambda app: None)) >= 3
     assert run(left_by_handler(handler, method, GUARDS[guard])) == 0
+
+
+def give_tasks_to_their_frames() -> None:
+    """Have the running loop wrap each task's coroutine, as aiomonitor's hook does."""
+
+    async def wrapper(coroutine: Any) -> Any:
+        task = asyncio.current_task()
+        try:
+            return await coroutine
+        finally:
+            assert task is not None
+
+    def factory(loop: Any, coroutine: Any, **options: Any) -> Any:
+        return asyncio.Task(wrapper(coroutine), loop=loop, **options)
+
+    asyncio.get_running_loop().set_task_factory(factory)
+
+
+async def break_off(request: web.Request) -> web.Response:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    await response.write(b"begun")
+    raise ValueError("fails while it streams")
+
+
+async def refuse_in_vain(request: web.Request) -> web.Response:
+    request["user"] = "stored"
+    raise web.HTTPConflict
+
+
+async def fail_to_prepare(request: web.Request, response: web.StreamResponse) -> None:
+    if response.status == 409:
+        reason = "no refusals today"
+        raise LookupError(reason)
+
+
+class Locals(logging.Handler):
+    """What is in the frames of the exceptions that are logged, when they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: List[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        assert record.exc_info is not None
+        for frame, _ in traceback.walk_tb(record.exc_info[2]):
+            self.found.append(f"{frame.f_code.co_name} {sorted(frame.f_locals)}")
+
+
+@pytest.mark.filterwarnings("ignore:It is recommended to use web.RequestKey")
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("handler", [break_off, refuse_in_vain])
+def test_what_leaves_a_task_that_is_in_its_own_frame(handler: Any, guard: str) -> None:
+    """No middleware sees it, and the connection's task logs it or is silent."""
+
+    async def served(install: Guard) -> Tuple[int, List[str]]:
+        give_tasks_to_their_frames()
+        app = application()
+        app.router.add_get("/fails", handler)
+        on_prepare: Any = app.on_response_prepare
+        on_prepare.append(fail_to_prepare)
+        install(app)
+        reporter = Locals()
+        logging.getLogger("aiohttp.server").addHandler(reporter)
+        try:
+            with no_collector():
+                before = len(alive())
+                async with serve(app) as service:
+                    for _ in range(3):
+                        client = await service.connect()
+                        await client.get("/fails")
+                        with contextlib.suppress(ConnectionError):
+                            while True:
+                                await client.answer()
+                        client.close()
+                        await service.settle()
+                return len(alive()) - before, reporter.found
+        finally:
+            logging.getLogger("aiohttp.server").removeHandler(reporter)
+
+    ours = ("cyclebreak_middleware", "idle", "impl")  # aiohttp has one for each of them
+
+    def without_ours(found: List[str]) -> List[str]:
+        return [each for each in found if each.split()[0] not in ours]
+
+    kept, expected = run(served(lambda app: app.middlewares.append(idle)))
+    left, found = run(served(GUARDS[guard]))
+    assert expected
+    assert without_ours(found) == without_ours(expected)
+    assert (kept, left) == (3, 0)
