@@ -26,7 +26,7 @@ from typing import (
     Tuple,
 )
 
-from .frames import is_finished
+from .frames import is_finished, machinery_behind
 
 __all__ = (
     "attributes_of",
@@ -164,10 +164,12 @@ def leads_to(exc: BaseException, target: object) -> bool:
     """Whether a local of an exception's finished frames is an object, or leads to it.
 
     It does by its attributes, and theirs.  No container is entered, nor what a function
-    closes over.
+    closes over.  Behind the traceback are frames of the event loop's, of which tasks in
+    pure Python have some: those count too.
     """
     found: List[Any] = []
-    for frame in frames_of(exc):
+    frames = list(frames_of(exc))
+    for frame in frames + machinery_behind(frames[:1]):
         if is_finished(frame):
             others = (frame.f_code, frame.f_globals, frame.f_builtins, frame.f_back)
             values = gc.get_referents(frame)  # the last ones are those of its closure

@@ -21,6 +21,7 @@ __all__ = (
     "goes_on",
     "is_finished",
     "local_values",
+    "machinery_behind",
     "report_futures",
     "returns_of",
 )
@@ -250,6 +251,18 @@ class Emptied:
 def _is_machinery(frame: FrameType) -> bool:
     module = dict.get(frame.f_globals, "__name__")
     return str(module).partition(".")[0] in _MACHINERY
+
+
+def machinery_behind(frames: Iterable[FrameType]) -> List[FrameType]:
+    """The frames of aiohttp's and of the event loop's that have called some."""
+    found: List[FrameType] = []
+    for each in frames:
+        caller = each.f_back
+        while caller is not None:
+            if _is_machinery(caller):
+                found.append(caller)
+            caller = caller.f_back
+    return found
 
 
 # Those of the dict's entry, of the loop's variable and of the call's argument.

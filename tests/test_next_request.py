@@ -2268,3 +2268,34 @@ def test_what_leaves_a_task_that_is_in_its_own_frame(handler: Any, guard: str) -
     assert expected
     assert without_ours(found) == without_ours(expected)
     assert (kept, left) == (3, 0)
+
+
+async def refuse_body(request: web.Request) -> web.Response:
+    raise web.HTTPConflict
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_an_upload_that_is_refused_in_a_task_in_pure_python(
+    guard: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nest_asyncio switches to these; frames of theirs lead to the task."""
+    for module in (asyncio, asyncio.tasks):
+        monkeypatch.setattr(module, "Task", asyncio.tasks._PyTask)  # type: ignore[attr-defined]
+
+    async def left(install: Guard) -> int:
+        app = application()
+        app.router.add_post("/conflict", refuse_body)
+        install(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                for _ in range(3):
+                    client = await service.connect()
+                    await client.post("/conflict", b"body")
+                    assert (await client.answer())[0] == 409
+                    client.close()
+                    await service.settle()
+            return len(alive()) - before
+
+    assert run(left(lambda app: None)) == 3
+    assert run(left(GUARDS[guard])) == 0
