@@ -169,7 +169,9 @@ def leads_to(exc: BaseException, target: object) -> bool:
     """
     found: List[Any] = []
     frames = list(frames_of(exc))
-    for frame in frames + machinery_behind(frames[:1]):
+    if frames:
+        frames += machinery_behind(frames[0])
+    for frame in frames:
         if is_finished(frame):
             others = (frame.f_code, frame.f_globals, frame.f_builtins, frame.f_back)
             values = gc.get_referents(frame)  # the last ones are those of its closure

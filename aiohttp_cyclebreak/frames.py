@@ -253,15 +253,14 @@ def _is_machinery(frame: FrameType) -> bool:
     return str(module).partition(".")[0] in _MACHINERY
 
 
-def machinery_behind(frames: Iterable[FrameType]) -> List[FrameType]:
-    """The frames of aiohttp's and of the event loop's that have called some."""
+def machinery_behind(frame: FrameType) -> List[FrameType]:
+    """The frames of aiohttp's and of the event loop's among those that led to one."""
     found: List[FrameType] = []
-    for each in frames:
-        caller = each.f_back
-        while caller is not None:
-            if _is_machinery(caller):
-                found.append(caller)
-            caller = caller.f_back
+    caller = frame.f_back
+    while caller is not None:
+        if _is_machinery(caller):
+            found.append(caller)
+        caller = caller.f_back
     return found
 
 
