@@ -15,13 +15,20 @@ ENDS = (KeyboardInterrupt, SystemExit)
 
 
 def complain(about: str) -> None:
-    """Log the error being handled, the first time that it happens there."""
-    _complaints[about] = _complaints.get(about, 0) + 1
-    if _complaints[about] == 1:
-        logger.exception(
-            "%s failed; the request is not affected, and this is not logged again",
-            about,
-        )
+    """Log the error being handled, the first time that it happens there.
+
+    Nothing is raised: this runs where no error may reach the application, whose log
+    handler may fail too; or the memory or the stack is used up.
+    """
+    try:
+        _complaints[about] = _complaints.get(about, 0) + 1
+        if _complaints[about] == 1:
+            logger.exception(
+                "%s failed; the request is not affected, and this is not logged again",
+                about,
+            )
+    except Exception:  # it is counted, if it could be
+        pass
 
 
 def errors() -> int:

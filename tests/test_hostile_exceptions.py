@@ -580,6 +580,73 @@ def test_a_callback_that_raises(
         assert left == 0
 
 
+@pytest.mark.expects_complaint
+@pytest.mark.parametrize("option", ["keep", "on_break"])
+def test_a_log_handler_that_raises(option: str) -> None:
+    """It fails when the library logs; the event loop has nothing to log for that."""
+    unhandled: List[Any] = []
+    logger = logging.getLogger("aiohttp_cyclebreak")
+    handler = logging.Handler()
+    handler.emit = Failing(OSError)  # type: ignore[method-assign, assignment]
+    options: Dict[str, Any] = {option: Failing(ValueError)}
+
+    async def main() -> Tuple[List[Any], int]:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: unhandled.append(context))
+        return await ask_and_count(
+            keep_local, lambda app: app.middlewares.append(cyclebreak(**options))
+        )
+
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        answers, left = run(main())
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+    assert answers == [(400, "no")] * VISITS
+    assert not unhandled
+    assert left == (VISITS if option == "keep" else 0)  # one that fails keeps
+
+
+# Before, a recursion that is too deep in the middle of another one ends the process.
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="it may be fatal")
+@pytest.mark.expects_complaint
+def test_an_answer_at_the_edge_of_the_stack() -> None:
+    """Where bare the answer is given, there is not enough left to follow the request.
+
+    The first middleware has more.
+    """
+    limit = sys.getrecursionlimit()
+
+    @web.middleware
+    async def resets(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        finally:
+            sys.setrecursionlimit(limit)
+
+    async def refuse(request: web.Request) -> web.Response:
+        answer = web.HTTPBadRequest()
+        frame, depth = sys._getframe(), 0
+        while frame.f_back is not None:
+            frame, depth = frame.f_back, depth + 1
+        sys.setrecursionlimit(depth + int(request.match_info["left"]))
+        raise answer
+
+    async def main(middleware: Any) -> List[int]:
+        app = web.Application(middlewares=[resets, middleware])
+        app.router.add_get("/{left}", refuse)
+        async with serve(app) as service:
+            paths = [f"/{left}" for left in range(2, 30)]
+            return [(await service.ask(path))[0] for path in paths]
+
+    bare = run(main(idle))
+    assert 400 in bare
+    guarded = run(main(cyclebreak()))
+    assert (400, 500) not in zip(bare, guarded)
+
+
 @pytest.mark.parametrize("on_break", [None, lambda event: None])
 def test_a_router_that_raises(on_break: Any) -> None:
     """Then a request has no match info, and a server that is guarded copes."""
