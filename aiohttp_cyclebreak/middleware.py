@@ -1,7 +1,7 @@
 """How does an application install it? ``cyclebreak()`` and ``setup()``."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from typing import TYPE_CHECKING, Any, Awaitable, Callable, Optional
 from weakref import WeakSet
 
 from aiohttp import web
@@ -17,6 +17,8 @@ __all__ = ("cyclebreak", "setup")
 
 if TYPE_CHECKING:  # these have moved between the supported versions
     from aiohttp.typedefs import Handler, Middleware
+else:  # a framework may ask each middleware for its type hints
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # What setup() made, to know it again.  Each has in an attribute what setup() was asked
 # for: a keep= may lead to the application, and would keep it if it were held here.

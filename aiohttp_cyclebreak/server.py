@@ -12,6 +12,8 @@ from .options import BreakEvent, Options, is_off, make_options
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
+else:  # as in middleware
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 __all__ = ("guard_server",)
 

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import traceback
 from dataclasses import FrozenInstanceError, dataclass
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, get_type_hints
 
 import pytest
 from aiohttp import web
@@ -19,6 +19,7 @@ from aiohttp_cyclebreak import (
     guard,
     guard_server,
     holders,
+    server,
     setup,
     stats,
 )
@@ -123,6 +124,20 @@ def test_options_are_keywords() -> None:
     """cyclebreak(False) says nothing to a reader."""
     with pytest.raises(TypeError):
         cyclebreak(False)  # type: ignore[misc]
+
+
+def test_a_middleware_tells_its_types() -> None:
+    """A framework that calls middlewares with what they ask for looks at these."""
+    app = web.Application()
+    setup(app)
+    watched = web.Application()
+    setup(watched, radar=Radar())
+    ours = [cyclebreak(), server.guarded_middleware, *app.middlewares]
+    for middleware in [*ours, *watched.middlewares]:
+        hints = get_type_hints(middleware)
+        assert hints["request"] is web.Request
+        assert hints["return"] is web.StreamResponse
+        assert "handler" in hints
 
 
 def test_setup_wants_an_application() -> None:
