@@ -66,6 +66,9 @@ class BodyReleasedError(web.PayloadAccessError):
             "aiohttp_cyclebreak says: read it before, and keep what was read"
         )
 
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return type(self), ()  # not the message: it takes none when it is unpickled
+
 
 @dataclass(frozen=True)
 class Options:

@@ -4,7 +4,9 @@ Without ``release_body=True`` only where nobody else has that request.
 """
 
 import asyncio
+import copy
 import gc
+import pickle
 import traceback
 import tracemalloc
 import weakref
@@ -188,6 +190,14 @@ def test_reading_it_later_is_an_error_that_names_the_option(
     assert isinstance(outcome, BodyReleasedError)
     assert isinstance(outcome, web.PayloadAccessError)
     assert "release_body=True" in str(outcome)
+
+
+def test_the_error_can_be_copied_and_pickled() -> None:
+    """As aiohttp's own can: a pool of processes breaks if one of its answers cannot."""
+    error = BodyReleasedError()
+    for each in (copy.deepcopy(error), pickle.loads(pickle.dumps(error))):
+        assert type(each) is BodyReleasedError
+        assert str(each) == str(error)
 
 
 @pytest.mark.parametrize("is_inner", [True, False])
