@@ -75,11 +75,11 @@ def follow(
             original = internals.original_of(request)
             if original is not request:
                 return follow(original, options)
-        followed = request.__dict__[FOLLOWED] = FollowedRequest(
-            request, connection, task
-        )
+        followed = FollowedRequest(request, connection, task)
         task.add_done_callback(followed.done)
         connection.following += 1
+        # Last: if one of these fails, nothing may be noted there, for no end comes.
+        request.__dict__[FOLLOWED] = followed
         if connection.put_off is not None:
             exc = connection.take_back_of(request)
             if exc is not None:

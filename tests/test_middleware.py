@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import sys
 import traceback
 from dataclasses import FrozenInstanceError, dataclass
 from typing import Any, Callable, Dict, List, get_type_hints
@@ -19,12 +20,13 @@ from aiohttp_cyclebreak import (
     guard,
     guard_server,
     holders,
+    requests,
     server,
     setup,
     stats,
 )
 
-from .service import Service, alive, no_collector, run, serve
+from .service import Service, alive, idle, no_collector, run, serve
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -637,6 +639,42 @@ def test_an_error_of_our_own_is_logged_once(
     assert run(main()) == [(400, "no")] * 3
     assert log
     assert len(log) == len({line.splitlines()[0] for line in log})
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="aiohttp asks no task factory")
+@pytest.mark.expects_complaint
+def test_a_request_that_cannot_be_followed_is_not_held() -> None:
+    """Nobody may note an exception for one whose end is not told.
+
+    The inner end of setup() fails to follow it, and the outer one tries again.
+    """
+    failed: List[Any] = []
+
+    class Task(asyncio.Task):  # type: ignore[type-arg]
+        def add_done_callback(self, callback: Any, **options: Any) -> None:
+            if (
+                getattr(callback, "__module__", None) == requests.__name__
+                and not failed
+            ):
+                failed.append(True)
+                raise MemoryError
+            super().add_done_callback(callback, **options)
+
+    async def fail(request: web.Request) -> web.Response:
+        raise ValueError
+
+    async def main() -> int:
+        asyncio.get_running_loop().set_task_factory(
+            lambda loop, coroutine, **options: Task(coroutine, loop=loop, **options)
+        )
+        app = application(fail)
+        app.middlewares.append(idle)
+        setup(app)
+        return await requests_left(app, "/item/a")
+
+    assert run(main()) == 0
+    assert failed
+    assert not holders.in_hand
 
 
 @pytest.mark.parametrize("api", APIS)
