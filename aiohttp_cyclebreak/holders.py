@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import threading
+from collections import deque
 from contextvars import Context, copy_context
 from functools import partial
 from types import TracebackType
@@ -16,6 +17,7 @@ from typing import (
     Any,
     Callable,
     Container,
+    Deque,
     Dict,
     Iterable,
     List,
@@ -95,10 +97,33 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_renew_lock)
 
 
+# Who is gone without an end, and is to be taken out by who has the lock next.
+_gone: "Deque[Tuple[List[int], ref[Holder]]]" = deque()
+
+
 def _forget_holder(keys: List[int], holder: "ref[Holder]") -> None:
-    """Forget who had exceptions in hand, and is gone since its loop was closed."""
-    for key in keys:
-        _take_from_hand(key, holder)
+    """Forget who had exceptions in hand, and is gone since its loop was closed.
+
+    A collection may call this in a thread that has a lock of the application's, or of
+    logging, for which a finalizer waits in the thread that has ours.
+    """
+    _gone.append((keys, holder))
+    lock = _changing
+    if lock.acquire(blocking=False):
+        try:
+            _forget_gone()
+        finally:
+            lock.release()
+
+
+def _forget_gone() -> None:
+    while True:
+        try:
+            keys, holder = _gone.popleft()
+        except IndexError:  # it is empty; a collection in between may call this too
+            return
+        for key in keys:
+            _take_from_hand(key, holder)
 
 
 def _take_from_hand(key: int, holder: "ref[Holder]") -> None:
@@ -165,6 +190,8 @@ class Holder:
             key = id(exc)
             self.in_hand.append(key)
             with _changing:
+                if _gone:
+                    _forget_gone()
                 holders = None
                 # A collection in between may call the function above.
                 while holders is None or in_hand.get(key) is not holders:

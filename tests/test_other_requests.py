@@ -1063,6 +1063,34 @@ def test_threads_with_loops_of_their_own_note_the_same_exception() -> None:
     assert not holders.somebody_has(outage)
 
 
+def test_a_collection_does_not_wait_for_a_thread_that_notes_an_exception() -> None:
+    """That one may wait, in a finalizer, for a lock of the thread that collects."""
+    loop = asyncio.new_event_loop()
+    left = [holders.Holder(loop.create_future())]  # and its loop is closed
+    loop.close()
+    left[0].note(ValueError())
+    notes, collected = threading.Event(), threading.Event()
+
+    def note() -> None:
+        with holders._changing:
+            notes.set()
+            collected.wait(TIMEOUT)
+
+    def collect() -> None:
+        left.clear()
+        collected.set()
+
+    threads = [threading.Thread(target=note), threading.Thread(target=collect)]
+    for thread in threads:
+        thread.start()
+        assert notes.wait(TIMEOUT)
+    assert collected.wait(TIMEOUT / 2)
+    for thread in threads:
+        thread.join()
+    holders.Holder(loop.create_future()).note(ValueError())
+    assert not holders.in_hand
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows")
 def test_a_forked_process_does_not_wait_for_a_thread_that_it_has_not() -> None:
     """One that notes an exception at that moment is not there to be done with it."""
