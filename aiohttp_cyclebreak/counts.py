@@ -1,7 +1,6 @@
 """What has it done, and what is left? The numbers of one application, with names."""
 
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 from aiohttp import web
@@ -54,11 +53,9 @@ class Stats:
 
     alive: int = 0
     outlived: int = 0
-    overdue: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    oldest: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    severed: Mapping[Tuple[str, str], int] = field(
-        default_factory=lambda: MappingProxyType({})
-    )
+    overdue: Mapping[str, int] = field(default_factory=dict)
+    oldest: Mapping[str, float] = field(default_factory=dict)
+    severed: Mapping[Tuple[str, str], int] = field(default_factory=dict)
     exceptions: int = 0
     frames: int = 0
     reports: int = 0

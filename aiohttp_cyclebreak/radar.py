@@ -6,7 +6,6 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass, fields
-from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -282,9 +281,9 @@ class Watch:
         return Stats(
             alive=outlived + sum(each() is not None for each in list(self._unsettled)),
             outlived=outlived,
-            overdue=MappingProxyType(overdue),
-            oldest=MappingProxyType(oldest),
-            severed=MappingProxyType(dict(self.counts.severed)),
+            overdue=overdue,
+            oldest=oldest,
+            severed=dict(self.counts.severed),
             exceptions=self.counts.exceptions,
             frames=self.counts.frames,
             reports=self._reports,
