@@ -7,15 +7,16 @@ import re
 import signal
 import subprocess
 import sys
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 import aiohttp
 import pytest
 from aiohttp import web
 
 from aiohttp_cyclebreak import __version__, cli, cli_verify
+from aiohttp_cyclebreak.cli_verify import _Result, _row, _sentence
 from aiohttp_cyclebreak.leaks import CATALOGUE
-from aiohttp_cyclebreak.probe import measure
+from aiohttp_cyclebreak.probe import Count, measure
 
 pytestmark = pytest.mark.processes
 
@@ -283,6 +284,63 @@ def test_a_leak_cannot_be_run(
     assert report["summary"]["clean"] is False
     assert report["leaks"][0]["verdict"] == "ERROR"
     assert report["leaks"][0]["bare"] is None
+
+
+LEAKS = {each.id: each for each in CATALOGUE}
+KEPT, CLEAN = Count(4, 4, 4, 0, 100), Count(4, 4, 0, 0, 0)
+LITTLE = Count(40, 40, 1, 0, 1)
+NO_REQUEST = Count(4, 0, 0, 0, 1)
+SERVER, CLIENT = "stopped by guard_server", "stopped by client_cyclebreak"
+
+
+@pytest.mark.parametrize(
+    ("leak", "bare", "guarded", "cells"),
+    [
+        ("no-route", KEPT, CLEAN, ["1.0 -> 0", " 25 -> 0", "stopped"]),
+        ("gateway/refused/swallow", KEPT, CLEAN, ["1.0 -> 0", " 25 -> 0", CLIENT]),
+        ("no-route", CLEAN, CLEAN, ["  0 -> 0", "  0 -> 0", "not in this version"]),
+        ("unseen/probe-reset", NO_REQUEST, CLEAN, ["  0 -> 0", " <1 -> 0", SERVER]),
+        ("no-route", KEPT, NO_REQUEST, ["1.0 -> 0", " 25 -> <1", "LEFT"]),
+        ("no-route", KEPT, LITTLE, ["1.0 -> <0.1", " 25 -> <1", "LEFT"]),
+        ("no-route", KEPT, None, ["1.0 -> ?", " 25 -> ?", "ERROR"]),
+        ("no-route", None, None, ["  ? -> ?", "  ? -> ?", "ERROR"]),
+    ],
+)
+def test_rows(
+    leak: str, bare: Optional[Count], guarded: Optional[Count], cells: List[str]
+) -> None:
+    """Numbers are per request; only nothing is rounded to nothing."""
+    found = LEAKS[leak]
+    row = _row(_Result(found, bare, guarded))
+    assert list(row) == [leak, found.kind.value, *cells]
+
+
+def test_one_and_many() -> None:
+    """The sentence is one in either case."""
+    left = _Result(LEAKS["no-route"], KEPT, KEPT)
+    gone = _Result(LEAKS["no-route"], CLEAN, CLEAN)
+    assert _sentence([left]).endswith(
+        "1 of 1 leaks occurs here; guarded, 1 is left: no-route."
+    )
+    assert _sentence([left, left]).endswith(
+        "2 of 2 leaks occur here; guarded, 2 are left: no-route, no-route."
+    )
+    assert _sentence([gone]).endswith("0 of 1 leaks occur here; guarded, none is left.")
+
+
+def test_no_server_can_be_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no loopback, for one: it says so, and is exit 1."""
+
+    async def fail() -> Any:
+        raise PermissionError("not allowed")
+
+    monkeypatch.delenv("AIOHTTP_CYCLEBREAK", raising=False)
+    monkeypatch.setattr(cli_verify, "measure_floor", fail)
+    assert cli.main(["verify"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "no server can be run on loopback: not allowed\n")
 
 
 @POSIX
