@@ -5,7 +5,7 @@ from collections import Counter
 from contextvars import Context
 from functools import partial
 from sys import getrefcount
-from typing import Any, Container, Dict, List, Optional, Type, Union, cast
+from typing import Any, Container, Dict, Iterable, List, Optional, Type, Union, cast
 from weakref import getweakrefs, ref
 
 from aiohttp import hdrs, web
@@ -68,6 +68,13 @@ def _end_once_told(
         owner.end(task)
 
 
+def _alive(
+    references: "Iterable[ref[asyncio.Task[Any]]]",
+) -> "List[asyncio.Task[Any]]":
+    tasks = [found() for found in references]
+    return [task for task in tasks if task is not None]
+
+
 class FollowedRequest(Holder):
     """A request that is followed to the end of its task."""
 
@@ -79,6 +86,7 @@ class FollowedRequest(Holder):
         "connection",
         "calls",
         "callers",
+        "ended",
         "is_scheduled",
         "limit",
         "kept",
@@ -97,7 +105,10 @@ class FollowedRequest(Holder):
         self.are_default = True  # all of those
         self.releases_body = False  # one of those
         self.calls: List[Serving] = []
-        self.callers: Dict[int, ref[asyncio.Task[Any]]] = {}  # who has raised those
+        # Who has raised those; and of these who is done, with an outcome that only the
+        # task has then.
+        self.callers: Dict[int, ref[asyncio.Task[Any]]] = {}
+        self.ended: List[ref[asyncio.Task[Any]]] = []
         self.is_scheduled = False
         self.limit = MOST_NOTED
         self.kept = False
@@ -159,21 +170,36 @@ class FollowedRequest(Holder):
             if own is None or FOLLOWED not in self.request.__dict__:
                 return  # as above
             self.callers[id(own)] = ref(own)
-            alive = (found() for found in self.callers.values())
-            tasks = still_asked([task for task in alive if task is not None])
-            self.callers = {id(task): ref(task) for task in tasks}
-            in_use = look_into(tasks, lists=True)
-            older = [
+            tasks = still_asked(_alive(self.callers.values()))
+            going_on = [task for task in tasks if not task.done()]
+            self.callers = {id(task): ref(task) for task in going_on}
+            ended = _alive(self.ended)
+            looked_at_before = len(ended)
+            ended += [task for task in tasks if task.done()]
+            self.ended = list(map(ref, ended))
+            in_use = look_into(going_on, lists=True)
+            out = [
                 exc
                 for exc in self.exceptions[: -MOST_NOTED // 2]
                 if id(exc) not in in_use.exceptions
             ]
-            self._take_out(older)
-            self.limit = max(MOST_NOTED, 2 * len(self.exceptions))
+            self._take_out(out)
+            # Of very many tasks that are there still, not all are looked at so soon.
+            self.limit = max(
+                MOST_NOTED, 2 * len(self.exceptions), looked_at_before // 8
+            )
+            # An outcome may still be asked for, and who has failed with it may have the
+            # task: a cycle.  So it is neither severed nor held; the task has it.
+            in_use.exceptions.update(look_into(ended, lists=True).exceptions)
+            older = [exc for exc in out if id(exc) not in in_use.exceptions]
             if not self.kept:
                 self._sever(older, Emptied(), in_use)
         except Exception:
             complain("severing a request that goes on")
+
+    def _note_outcomes(self) -> None:
+        for exc in look_into(_alive(self.ended), lists=True).exceptions.values():
+            self.note(exc)
 
     def done(self, task: "asyncio.Future[Any]") -> None:
         _end_once_told(self, task)
@@ -184,6 +210,8 @@ class FollowedRequest(Holder):
             self.request.__dict__.pop(FOLLOWED, None)
             for kept in internals.kept_exceptions(self.request):
                 self.note(kept)
+            if self.ended:
+                self._note_outcomes()
             for serving in self.calls:
                 serving.over = True
                 for error in serving.errors():

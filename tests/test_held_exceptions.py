@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import sys
 import traceback
 import types
@@ -818,6 +819,86 @@ def test_a_request_that_goes_on_finds_the_locals_of_what_it_has_in_a_list() -> N
     failures: List[BaseException] = []
     run(go_on_failing(setup, "retried", failures))
     assert len(failures) == FAILURES
+
+
+class Attempt:
+    """What has a task, and is among the locals of who has failed with that."""
+
+    def __init__(self, coroutine: Any) -> None:
+        self.task = asyncio.ensure_future(coroutine)
+
+    async def outcome(self) -> Any:
+        return await self.task
+
+
+async def go_on_attempting(
+    guard: Guard, how: str, break_cycles: Callable[[Any], Any] = break_cycles
+) -> List[int]:
+    """As above, in a task of its own each time, and what is kept after a collection."""
+    kept: List[int] = []
+
+    @break_cycles
+    async def fail(request: web.Request) -> None:
+        marker = Marker()  # noqa: F841
+        raise ValueError
+
+    @break_cycles
+    async def ask(request: web.Request, attempt: Attempt) -> None:
+        exc: Any = attempt.task.exception()
+        raise exc
+
+    async def attempt_one(request: web.Request, attempts: List[Attempt]) -> None:
+        attempt = Attempt(fail(request))
+        if how != "forgotten":
+            attempts.append(attempt)
+        with contextlib.suppress(ValueError):
+            await attempt.outcome()
+        if how == "asked again":
+            with contextlib.suppress(ValueError):
+                await ask(request, attempts[0])
+
+    async def handler(request: web.Request) -> web.Response:
+        attempts: List[Attempt] = []
+        for _ in range(FAILURES):
+            await attempt_one(request, attempts)
+            await asyncio.sleep(0)
+        for attempt in attempts:
+            exc: Any = attempt.task.exception()
+            assert any("marker" in frame.f_locals for frame in frames_of(exc))
+        if how == "forgotten, uncollected":
+            attempts.clear()
+        if "uncollected" not in how:
+            gc.collect()
+        kept.append(len(alive(Marker)))
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_get("/", handler)
+    guard(app)
+    with no_collector():
+        async with serve(app) as service:
+            assert (await service.ask())[0] == 200
+            await service.settle()
+            kept.append(len(alive(Marker)))
+    return kept
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_what_a_task_has_failed_with_is_held_by_the_task(guard: str) -> None:
+    """Whatever else has the task: only the collector knows, and frees both."""
+    assert (
+        run(go_on_attempting(lambda app: None, "forgotten", lambda each: each))[0] == 0
+    )
+    [kept, left] = run(go_on_attempting(GUARDS[guard], "forgotten"))
+    assert kept < MOST_NOTED
+    assert left == 0
+
+
+@pytest.mark.parametrize("how", ["kept", "asked again", "forgotten, uncollected"])
+@pytest.mark.parametrize("guard", GUARDS)
+def test_who_asks_a_task_late_finds_the_locals(guard: str, how: str) -> None:
+    """And at the end of the request all of them go."""
+    assert run(go_on_attempting(GUARDS[guard], how)) == [FAILURES, 0]
 
 
 @pytest.mark.skipif(AIOHTTP < (3, 8, 2), reason="it cancels the handler")
