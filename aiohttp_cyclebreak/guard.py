@@ -48,8 +48,14 @@ def begin(request: web.BaseRequest, options: Options) -> None:
             return
         serving = calls.current.get()
         if serving is None or serving.request() is not request:
-            calls.current.set(Serving(request, options))
-        elif not any(each is options for each in serving.options):
+            followed = request.__dict__.get(FOLLOWED)
+            if followed is None or not followed.calls:
+                calls.current.set(Serving(request, options))
+                return
+            # Not one for each message of a websocket that a task of others handles.
+            serving = followed.calls[0]
+            calls.current.set(serving)
+        if not any(each is options for each in serving.options):
             serving.options.append(options)
     except Exception:
         complain("taking up a request")

@@ -475,11 +475,13 @@ class _LeftOver:
     keep what nobody else does.
     """
 
-    __slots__ = ("exceptions", "held", "limit", "is_scheduled")
+    __slots__ = ("exceptions", "held", "limit", "is_scheduled", "timer")
 
     def __init__(self) -> None:
         self.exceptions: Dict[int, Tuple[Callable[[], Any], bool, Container[int]]] = {}
         self.held: Dict[int, Tuple[BaseException, bool, Container[int]]] = {}
+        # While there are those.  It has the loop, by which this is found.
+        self.timer: Optional[ref[asyncio.TimerHandle]] = None
         # Each look goes through all tasks, so it waits for more with many of them.
         self.limit = 1
         self.is_scheduled = False
@@ -489,8 +491,9 @@ class _LeftOver:
         try:
             self.exceptions[id(exc)] = ref(exc), clear_frames, kept
         except TypeError:
-            if not self.held:
-                loop.call_later(_SOON, self.look, context=Context())
+            if self.timer is None:
+                timer = loop.call_later(_SOON, self.look, context=Context())
+                self.timer = ref(timer)
             self.held[id(exc)] = exc, clear_frames, kept
         if (
             len(self.exceptions) + len(self.held) >= self.limit
@@ -502,6 +505,10 @@ class _LeftOver:
     def look(self) -> None:
         try:
             self.is_scheduled = False
+            timer = None if self.timer is None else self.timer()
+            if timer is not None:  # or each of many failures would have one
+                timer.cancel()
+            self.timer = None
             left, self.held = self.held, {}
             for key, (found, clear_frames, kept) in list(self.exceptions.items()):
                 exc = found()

@@ -1015,6 +1015,28 @@ class Job:
 JOB: "ContextVar[Any]" = ContextVar("job", default=None)
 
 
+def test_calls_of_many_tasks_leave_few_timers() -> None:
+    """Who awaits such a task has what it has raised in hand: it is looked at later."""
+
+    async def main() -> int:
+        timers: List[asyncio.TimerHandle] = []
+        loop: Any = asyncio.get_running_loop()
+        call_later = loop.call_later
+
+        def note(*args: Any, **kwargs: Any) -> asyncio.TimerHandle:
+            timers.append(call_later(*args, **kwargs))
+            return timers[-1]
+
+        loop.call_later = note
+        async with session_of(Upstream(())) as (session, url):
+            for _ in range(40):
+                with contextlib.suppress(*FAILURES):
+                    await in_a_task(session, url)
+            return sum(not each.cancelled() for each in timers)
+
+    assert run(main()) <= 1
+
+
 def test_a_worker_keeps_no_context_of_an_earlier_job() -> None:
     """It is followed by a callback, and made while its first job makes a call."""
 
@@ -1379,6 +1401,49 @@ def test_a_stream_of_failing_calls_does_not_pile_up(
 
     assert run(main(False)) == 300
     assert run(main(True)) <= most
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_messages_that_a_task_of_others_handles_leave_no_trace(fails: bool) -> None:
+    """Of each message its calls would be followed, until the stream ends."""
+    found: List[int] = []
+
+    @break_cycles
+    async def handle_message(request: web.Request) -> None:
+        if fails:
+            raise ValueError
+
+    async def main() -> int:
+        messages: asyncio.Queue[Any] = asyncio.Queue()
+
+        async def work() -> None:
+            while True:
+                request, handled = await messages.get()
+                with contextlib.suppress(ValueError):
+                    await handle_message(request)
+                handled.set()
+
+        async def handler(
+            request: web.Request, session: aiohttp.ClientSession, url: str
+        ) -> str:
+            request["user"] = "somebody"
+            for _ in range(50):
+                handled = asyncio.Event()
+                messages.put_nowait((request, handled))
+                await handled.wait()
+            found.append(len(alive(calls.Serving)))
+            return "done"
+
+        worker = asyncio.ensure_future(work())
+        async with gateway(handler, Upstream(())) as fixture:
+            with no_collector():
+                # One after the other, so that the worker goes from one to the other.
+                before = len(alive(calls.Serving))
+                await asyncio.gather(fixture.service.ask(), fixture.service.ask())
+        worker.cancel()
+        return max(found) - before
+
+    assert run(main()) <= 4
 
 
 @pytest.mark.parametrize("keeps", [True, False])

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import queue
@@ -10,6 +11,7 @@ import sys
 import threading
 import traceback
 import warnings
+import weakref
 from typing import Any, Callable, Dict, List, Tuple, Type
 
 import pytest
@@ -1027,6 +1029,27 @@ def test_what_many_have_is_not_walked_by_each_of_them(
 
     few, many = run(calls_of_ours(10)), run(calls_of_ours(80))
     assert many < 1.5 * 8 * few
+
+
+def test_a_loop_that_was_closed_goes_although_it_was_to_look_again() -> None:
+    """What is left over is found by the loop, and must not lead back to it."""
+
+    async def main() -> Any:
+        loop = asyncio.get_running_loop()
+        # With so many tasks not all that is left over is looked at at once.
+        tasks = [asyncio.ensure_future(asyncio.sleep(60)) for _ in range(40)]
+        for _ in range(2):
+            holders.leave([ValueError()])
+            await spin()
+        assert holders._left_over[loop].held
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        return weakref.ref(loop)
+
+    loop = run(main())
+    gc.collect()
+    assert loop() is None
 
 
 def test_threads_with_loops_of_their_own_note_the_same_exception() -> None:
