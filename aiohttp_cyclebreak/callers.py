@@ -62,7 +62,7 @@ class _Caller(Holder):
         try:
             _callers.pop(id(task), None)
             self.note_errors()
-            self._sever(self.exceptions)
+            self._sever(list(self.exceptions))
             leave(self.exceptions)
         except Exception:
             complain("severing the calls of a task")

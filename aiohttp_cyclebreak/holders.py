@@ -98,10 +98,10 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 # Who is gone without an end, and is to be taken out by who has the lock next.
-_gone: "Deque[Tuple[List[int], ref[Holder]]]" = deque()
+_gone: "Deque[Tuple[Iterable[int], ref[Holder]]]" = deque()
 
 
-def _forget_holder(keys: List[int], holder: "ref[Holder]") -> None:
+def _forget_holder(keys: Iterable[int], holder: "ref[Holder]") -> None:
     """Forget who had exceptions in hand, and is gone since its loop was closed.
 
     A collection may call this in a thread that has a lock of the application's, or of
@@ -155,6 +155,7 @@ class Holder:
         "frame_ids",
         "in_hand",
         "is_looked_at",
+        "noted",
         "pause",
         "reference",
         "task",
@@ -168,27 +169,27 @@ class Holder:
         self.timer: Optional[asyncio.TimerHandle] = None  # and what is not yet
         self.pause = _FIRST_PAUSE
         self.exceptions: List[BaseException] = []
-        self.in_hand: List[int] = []  # the ids of those, and of what they lead to
+        # By the id of each of those, the ids of it and of what it leads to; and by each
+        # of these, how many lead to it.
+        self.noted: Dict[int, List[int]] = {}
+        self.in_hand: Dict[int, int] = {}
         # By the id of an exception, its traceback, if that is long, and the ids of the
         # frames there.
         self.frame_ids: Dict[int, Tuple[Optional[TracebackType], Set[int]]] = {}
         self.reference: Optional[ref[Holder]] = None
 
     def note(self, root: BaseException) -> None:
-        for exc in self.exceptions:
-            if exc is root:
-                return
-        self._add(root)
-
-    def _add(self, root: BaseException) -> None:
+        if id(root) in self.noted:
+            return
         self.exceptions.append(root)
         own = self.reference
         if own is None:
             forget = partial(_forget_holder, self.in_hand)
             own = self.reference = ref(self, forget)
-        for exc in graph(root) if leads_on(root) else (root,):
-            key = id(exc)
-            self.in_hand.append(key)
+        found = graph(root) if leads_on(root) else (root,)
+        self.noted[id(root)] = list(map(id, found))
+        for key in self.noted[id(root)]:
+            self.in_hand[key] = self.in_hand.get(key, 0) + 1
             with _changing:
                 if _gone:
                     _forget_gone()
@@ -264,20 +265,37 @@ class Holder:
     def _let_go(self) -> None:
         own = self.reference
         if own is not None:
-            for key in self.in_hand:
+            for key in list(self.in_hand):
                 _take_from_hand(key, own)
-            self.in_hand = []
+            self.in_hand = {}
+            self.noted = {}
             self.frame_ids = {}
             self.reference = None
 
     def _take_out(self, exceptions: List[BaseException]) -> None:
         """Let go of some exceptions, and keep the others in hand."""
-        self._let_go()
-        out = set(map(id, exceptions))
-        others = [exc for exc in self.exceptions if id(exc) not in out]
-        self.exceptions = []
-        for exc in others:
-            self._add(exc)
+        out = {id(exc) for exc in exceptions if id(exc) in self.noted}
+        newer: List[BaseException] = []
+        # Most often those are the newest: of thousands not all are gone through.
+        while out and self.exceptions:
+            exc = self.exceptions.pop()
+            if id(exc) not in out:
+                newer.append(exc)
+                continue
+            out.remove(id(exc))
+            self._take_from_hand(id(exc))
+        self.exceptions += reversed(newer)
+
+    def _take_from_hand(self, root: int) -> None:
+        for key in self.noted.pop(root):
+            # Another thread may note something meanwhile: no number is relied on.
+            number = self.in_hand.pop(key, 1) - 1
+            if number:
+                self.in_hand[key] = number
+                continue
+            self.frame_ids.pop(key, None)
+            if self.reference is not None:
+                _take_from_hand(key, self.reference)
 
 
 def _times_noted(exc: BaseException) -> int:
@@ -288,7 +306,7 @@ def _times_noted(exc: BaseException) -> int:
     times = 0
     for found in holders:
         holder = found()
-        if holder is not None and any(each is exc for each in holder.exceptions):
+        if holder is not None and id(exc) in holder.noted:
             times += 1
     return times
 

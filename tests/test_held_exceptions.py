@@ -7,11 +7,13 @@ import sys
 import traceback
 import types
 import weakref
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Type
 
 import pytest
 from aiohttp import web
 
+import aiohttp_cyclebreak
 from aiohttp_cyclebreak import break_cycles, cyclebreak, setup
 from aiohttp_cyclebreak.exceptions import frames_of, graph
 from aiohttp_cyclebreak.frames import COUNTS_ARE_EXACT
@@ -27,6 +29,8 @@ else:
     from exceptiongroup import ExceptionGroup
 
 pytestmark = pytest.mark.usefixtures("few_objects")
+
+OURS = str(Path(aiohttp_cyclebreak.__file__).parent)
 
 Guard = Callable[[web.Application], Any]
 GUARDS: Dict[str, Guard] = {
@@ -819,6 +823,46 @@ def test_a_request_that_goes_on_finds_the_locals_of_what_it_has_in_a_list() -> N
     failures: List[BaseException] = []
     run(go_on_failing(setup, "retried", failures))
     assert len(failures) == FAILURES
+
+
+def test_what_a_request_keeps_is_not_gone_through_for_each_failure() -> None:
+    """It may have thousands in a list, and let go of as many others."""
+
+    @break_cycles
+    async def fail(request: web.Request) -> None:
+        raise ValueError
+
+    async def calls_of_ours(failures: int) -> int:
+        calls = 0
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls  # a generator that goes on is called as well
+            calls += event == "call" and frame.f_code.co_filename.startswith(OURS)
+
+        async def handler(request: web.Request) -> web.Response:
+            kept = []
+            sys.setprofile(count)
+            try:
+                for number in range(failures):
+                    try:
+                        await fail(request)
+                    except ValueError as exc:
+                        if number % 2:
+                            kept.append(exc)
+                    await asyncio.sleep(0)
+            finally:
+                sys.setprofile(None)
+            return web.Response()
+
+        app = web.Application()
+        app.router.add_get("/", handler)
+        async with serve(app) as service:
+            assert (await service.ask())[0] == 200
+            await service.settle()
+        return calls
+
+    few, many = run(calls_of_ours(MOST_NOTED)), run(calls_of_ours(8 * MOST_NOTED))
+    assert many < 1.5 * 8 * few
 
 
 class Attempt:
