@@ -143,7 +143,9 @@ class FollowedRequest(Holder):
         self.callers[id(task)] = ref(task)
         if self.are_default:
             self.look_soon()
-        if len(self.exceptions) >= self.limit and not self.is_scheduled:
+        # Of thousands of tasks each may have swallowed its own: then few are noted.
+        number = max(len(self.exceptions), len(self.callers))
+        if number >= self.limit and not self.is_scheduled:
             self.is_scheduled = True
             task.get_loop().call_soon(self.sever_older_ones)
 
@@ -184,10 +186,9 @@ class FollowedRequest(Holder):
                 if id(exc) not in in_use.exceptions
             ]
             self._take_out(out)
-            # Of very many tasks that are there still, not all are looked at so soon.
-            self.limit = max(
-                MOST_NOTED, 2 * len(self.exceptions), looked_at_before // 8
-            )
+            # Where very much is left, or very many tasks, the next look is not so soon.
+            left = 2 * max(len(self.exceptions), len(self.callers))
+            self.limit = max(MOST_NOTED, left, looked_at_before // 8)
             # An outcome may still be asked for, and who has failed with it may have the
             # task: a cycle.  So it is neither severed nor held; the task has it.
             in_use.exceptions.update(look_into(ended, lists=True).exceptions)

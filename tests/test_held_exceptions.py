@@ -18,6 +18,7 @@ from aiohttp_cyclebreak import break_cycles, cyclebreak, setup
 from aiohttp_cyclebreak.exceptions import frames_of, graph
 from aiohttp_cyclebreak.frames import COUNTS_ARE_EXACT
 from aiohttp_cyclebreak.holders import MOST_NOTED
+from aiohttp_cyclebreak.requests import FOLLOWED
 from aiohttp_cyclebreak.sever import sever
 
 from .service import AIOHTTP, alive, no_collector, run, serve
@@ -943,6 +944,38 @@ def test_what_a_task_has_failed_with_is_held_by_the_task(guard: str) -> None:
 def test_who_asks_a_task_late_finds_the_locals(guard: str, how: str) -> None:
     """And at the end of the request all of them go."""
     assert run(go_on_attempting(GUARDS[guard], how)) == [FAILURES, 0]
+
+
+def test_tasks_that_have_swallowed_their_failures_are_forgotten() -> None:
+    """By a stream that has each of its messages handled in a task of its own."""
+    numbers: List[int] = []
+
+    @break_cycles
+    async def fail(request: web.Request) -> None:
+        raise ValueError
+
+    async def swallow(request: web.Request) -> None:
+        with contextlib.suppress(ValueError):
+            await fail(request)
+
+    async def handler(request: web.Request) -> web.Response:
+        others: List[Any] = []
+        for _ in range(FAILURES):
+            await asyncio.ensure_future(swallow(request))
+            # The next task is not where that one was, in memory.
+            others.append(asyncio.ensure_future(asyncio.sleep(0)))
+            numbers.append(len(request.__dict__[FOLLOWED].callers))
+        return web.Response()
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        async with serve(app) as service:
+            await service.ask()
+            await service.settle()
+
+    run(main())
+    assert max(numbers) <= MOST_NOTED + 1
 
 
 @pytest.mark.skipif(AIOHTTP < (3, 8, 2), reason="it cancels the handler")
