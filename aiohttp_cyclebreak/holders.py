@@ -186,10 +186,12 @@ class Holder:
         if own is None:
             forget = partial(_forget_holder, self.in_hand)
             own = self.reference = ref(self, forget)
-        found = graph(root) if leads_on(root) else (root,)
+        found = graph(root) if leads_on(root) else [root]
         self.noted[id(root)] = list(map(id, found))
         for key in self.noted[id(root)]:
-            self.in_hand[key] = self.in_hand.get(key, 0) + 1
+            number = self.in_hand[key] = self.in_hand.get(key, 0) + 1
+            if number > 1:
+                continue
             with _changing:
                 if _gone:
                     _forget_gone()
@@ -198,6 +200,9 @@ class Holder:
                 while holders is None or in_hand.get(key) is not holders:
                     holders = in_hand.setdefault(key, {})
                     holders[id(own)] = own
+        if len(found) > MOST_NOTED:
+            # Where each failure leads to all before it, the last one is enough.
+            self._take_out(found[1:])
 
     def look_soon(self) -> None:
         """Look for what was swallowed as soon as the task waits for something."""

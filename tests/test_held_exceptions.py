@@ -946,6 +946,42 @@ def test_who_asks_a_task_late_finds_the_locals(guard: str, how: str) -> None:
     assert run(go_on_attempting(GUARDS[guard], how)) == [FAILURES, 0]
 
 
+def test_failures_that_each_lead_to_all_before_them_are_noted_once() -> None:
+    """Bare, each is one more; a list of all below for each grows with their square."""
+    numbers: List[int] = []
+
+    @break_cycles
+    async def fail(request: web.Request, last: Optional[BaseException]) -> None:
+        marker = Marker()  # noqa: F841
+        raise ValueError from last
+
+    async def handler(request: web.Request) -> web.Response:
+        last: Optional[BaseException] = None
+        for _ in range(FAILURES):
+            try:
+                await fail(request, last)
+            except ValueError as exc:
+                last = exc
+            await asyncio.sleep(0)
+        numbers.append(sum(map(len, request.__dict__[FOLLOWED].noted.values())))
+        while last is not None:
+            assert "marker" in list(frames_of(last))[-1].f_locals
+            last = last.__cause__
+        return web.Response()
+
+    async def main() -> int:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        with no_collector():
+            async with serve(app) as service:
+                assert (await service.ask())[0] == 200
+                await service.settle()
+                return len(alive(Marker))
+
+    assert run(main()) == 0
+    assert numbers == [FAILURES]
+
+
 def test_tasks_that_have_swallowed_their_failures_are_forgotten() -> None:
     """By a stream that has each of its messages handled in a task of its own."""
     numbers: List[int] = []
