@@ -4,7 +4,6 @@ import builtins
 import gc
 import itertools
 import sys
-from asyncio import Future
 from collections import Counter, deque
 from types import (
     FrameType,
@@ -35,7 +34,6 @@ __all__ = (
     "frames_of",
     "goes_by_itself",
     "graph",
-    "have_only_each_other",
     "is_exception",
     "leads_on",
     "leads_to",
@@ -256,87 +254,51 @@ def would_be_gone(
     if sys.getrefcount(exceptions[index]) != noted(exceptions[index]) + 1:
         return False
     found = graph(exceptions[index])
-    if _are_too_many(found):
+    entries = itertools.chain.from_iterable(map(frames_of, found))
+    if (
+        len(found) > _LONGEST_CHAIN
+        or next(itertools.islice(entries, _MOST_ENTRIES, None), None) is not None
+    ):
         return False
     known = Counter({id(exc): noted(exc) for exc in found})
     parts = _parts_of(found)
-    del found
+    del found, entries
     leads = _leads_of(parts)
-    return not _leads_back(leads) and _has_no_other(parts, leads, known)
-
-
-def have_only_each_other(
-    tasks: List[Any],
-    index: int,
-    exceptions: List[BaseException],
-    noted: Callable[[BaseException], int],
-) -> bool:
-    """Whether nobody can ask a task, which is done, for its exception any more.
-
-    Who has awaited it has failed with that, and may have it in a local: only the
-    collector would find both then, and not while somebody has noted the exception.
-
-    Args:
-        tasks: a list, in which it is.
-        index: where: who calls may have no reference of its own.
-        exceptions: that of the task, and all that it leads to.  The list is emptied.
-        noted: as for :func:`would_be_gone`.
-    """
-    if not exceptions or _are_too_many(exceptions):
-        return False
-    known = Counter({id(exc): noted(exc) for exc in exceptions})
-    known[id(tasks[index])] += 1  # the list
-    parts = _parts_of(exceptions, locals_too=True)
-    exceptions.clear()
-    return _has_no_other(parts, _leads_of(parts), known)
-
-
-def _are_too_many(exceptions: List[BaseException]) -> bool:
-    entries = itertools.chain.from_iterable(map(frames_of, exceptions))
-    return (
-        len(exceptions) > _LONGEST_CHAIN
-        or next(itertools.islice(entries, _MOST_ENTRIES, None), None) is not None
+    known.update(itertools.chain.from_iterable(leads.values()))
+    return not _leads_back(leads) and all(
+        # References: those that are known, the dict, the variable, the argument.
+        sys.getrefcount(each) == known[id(each)] + 3
+        for each in parts.values()
     )
 
 
-def _is_container(value: object) -> bool:
-    kind = type(value)  # which a metaclass may compare as it likes
-    if kind is dict or kind is tuple or kind is list or kind is set:
-        return len(value) <= _MOST_HELD  # type: ignore[arg-type]
-    return issubclass(kind, Future)
-
-
-def _parts_of(
-    exceptions: List[BaseException], locals_too: bool = False
-) -> Dict[int, Any]:
+def _parts_of(exceptions: List[BaseException]) -> Dict[int, Any]:
     """What exceptions are made of, by id.
 
     Those are themselves, their tracebacks, the finished frames there, and what holds
     attributes, arguments and the members of groups, if one of those has some of these:
     many have their cause there a second time.
-
-    Args:
-        exceptions: those.
-        locals_too: whether futures, lists and the like in the locals of frames count.
     """
     parts: Dict[int, Any] = {id(exc): exc for exc in exceptions}
-    frames: Dict[int, FrameType] = {}
     for exc in exceptions:
         entry = traceback_of(exc)
         while entry is not None:
             parts[id(entry)] = entry
-            frames[id(entry.tb_frame)] = entry.tb_frame
+            # A frame that goes on is that of who has swallowed the exception.
+            if is_finished(entry.tb_frame):
+                parts[id(entry.tb_frame)] = entry.tb_frame
             entry = entry.tb_next
-    # A frame that goes on is that of who has swallowed the exception.
-    frames = {key: frame for key, frame in frames.items() if is_finished(frame)}
-    parts.update(frames)
-    values = gc.get_referents(*exceptions, *(frames.values() if locals_too else ()))
-    outer = list(filter(_is_container, values))
+    outer = list(filter(_is_container, gc.get_referents(*exceptions)))
     inner = list(filter(_is_container, gc.get_referents(*outer)))  # what makes a group
     for value in inner + outer:
         if any(id(each) in parts for each in gc.get_referents(value)):
             parts[id(value)] = value
     return parts
+
+
+def _is_container(value: object) -> bool:
+    kind = type(value)  # which a metaclass may compare as it likes
+    return (kind is dict or kind is tuple or kind is list) and len(value) <= _MOST_HELD  # type: ignore[arg-type]
 
 
 def _leads_of(parts: Dict[int, Any]) -> Dict[int, List[int]]:
@@ -345,24 +307,6 @@ def _leads_of(parts: Dict[int, Any]) -> Dict[int, List[int]]:
         key: [id(own) for own in gc.get_referents(parts[key]) if id(own) in parts]
         for key in parts
     }
-
-
-def _has_no_other(
-    parts: Dict[int, Any], leads: Dict[int, List[int]], known: "Counter[int]"
-) -> bool:
-    """Whether nothing else refers to one of some objects.
-
-    Args:
-        parts: those, by id.
-        leads: to which others each leads.
-        known: how many more references to them there are.
-    """
-    known.update(itertools.chain.from_iterable(leads.values()))
-    return all(
-        # References: those that are known, the dict, the variable, the argument.
-        sys.getrefcount(each) == known[id(each)] + 3
-        for each in parts.values()
-    )
 
 
 def _leads_back(leads: Dict[int, List[int]]) -> bool:

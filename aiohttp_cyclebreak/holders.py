@@ -35,7 +35,6 @@ from .exceptions import (
     exceptions_in,
     frames_of,
     graph,
-    have_only_each_other,
     leads_on,
     traceback_of,
     would_be_gone,
@@ -60,7 +59,6 @@ __all__ = (
     "pending",
     "somebody_has",
     "sort_out",
-    "still_asked",
 )
 
 # Neither of these keeps anything alive.  By the id of an exception, who has noted it,
@@ -339,23 +337,6 @@ class InUse:
     def __init__(self) -> None:
         self.frames: Set[int] = set()  # by id
         self.exceptions: Dict[int, BaseException] = {}
-
-
-def still_asked(tasks: "List[asyncio.Task[Any]]") -> "List[asyncio.Task[Any]]":
-    """Those of some tasks that go on, or may still be asked for their outcome."""
-    return [
-        tasks[index]
-        for index in range(len(tasks))
-        if not _is_left_to_itself(tasks, index)
-    ]
-
-
-def _is_left_to_itself(tasks: "List[asyncio.Task[Any]]", index: int) -> bool:
-    if not COUNTS_ARE_EXACT or not tasks[index].done():
-        return False
-    own = exceptions_in([internals.outcome_of(tasks[index])], lists=False)
-    found = graph(own.pop()) if own else []
-    return have_only_each_other(tasks, index, found, _times_noted)
 
 
 def look_into(tasks: "Iterable[asyncio.Task[Any]]", lists: bool = False) -> InUse:

@@ -35,7 +35,6 @@ from .holders import (
     look_into,
     somebody_has,
     sort_out,
-    still_asked,
 )
 from .internals import HANDLE_REQUEST
 from .options import BodyReleasedError, BreakEvent, Options
@@ -172,7 +171,7 @@ class FollowedRequest(Holder):
             if own is None or FOLLOWED not in self.request.__dict__:
                 return  # as above
             self.callers[id(own)] = ref(own)
-            tasks = still_asked(_alive(self.callers.values()))
+            tasks = _alive(self.callers.values())
             going_on = [task for task in tasks if not task.done()]
             self.callers = {id(task): ref(task) for task in going_on}
             ended = _alive(self.ended)

@@ -757,18 +757,8 @@ async def go_on_failing(
             return await again(lambda: handler(request))
         return await handler(request)  # type: ignore[no-any-return]
 
-    async def in_a_task(request: web.Request) -> Any:
-        tasks: Any = asyncio.ensure_future(break_cycles(fail)(request))
-        if how == "decorated, in a task":
-            return await tasks
-        tasks = [tasks]
-        return await asyncio.gather(*tasks)
-
     async def decorated(request: web.Request) -> web.Response:
-        if how == "decorated":
-            return await again(lambda: break_cycles(fail)(request))
-        # Each is in a cycle, with a task that nobody asks any more.
-        return await again(lambda: in_a_task(request))
+        return await again(lambda: break_cycles(fail)(request))
 
     async def dispatch(request: web.Request) -> web.Response:
         return await again(lambda: app._handle(request.clone(rel_url="/failing")))
@@ -776,7 +766,7 @@ async def go_on_failing(
     app.middlewares.append(retry)
     app.router.add_get("/retried", fail)
     app.router.add_get("/failing", fail)
-    app.router.add_get("/", decorated if "decorated" in how else dispatch)
+    app.router.add_get("/", decorated if how == "decorated" else dispatch)
     guard(app)
     with no_collector():
         async with serve(app) as service:
@@ -793,8 +783,6 @@ async def go_on_failing(
     [
         "retried",
         "decorated",
-        "decorated, in a task",
-        "decorated, in a list of tasks",
         "clones that fail",
         "clones that refuse",
         "clones that succeed",
