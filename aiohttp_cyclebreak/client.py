@@ -94,9 +94,14 @@ async def _ended(
     response = params.response
     if response.status == 101:
         internals.follow_websockets(session, note_call)
-    elif response.content.is_eof():  # no error can come to it any more
-        note_successful_call()
-        return
+    else:
+        try:
+            is_over = response.content.is_eof()
+        except AttributeError:  # a class of the application's, without a stream
+            is_over = False
+        if is_over:  # no error can come to it any more
+            note_successful_call()
+            return
     note_call(response)
 
 

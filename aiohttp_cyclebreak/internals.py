@@ -6,6 +6,7 @@ nothing where that is missing.
 """
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import re
@@ -1108,7 +1109,9 @@ def follow_websockets(
     """
     base: Any = getattr(session, "_ws_response_class", None)
     if isinstance(base, type) and not issubclass(base, _Follows):
-        session._ws_response_class = _following(base, opened)
+        # A session of the application's may refuse, and its calls succeed all the same.
+        with contextlib.suppress(Exception):
+            session._ws_response_class = _following(base, opened)
 
 
 class _Follows:

@@ -1553,6 +1553,47 @@ def test_classes_of_the_session_that_fight_back() -> None:
     assert run(main(ws_response_class=make_websocket)) == plain
 
 
+class WithoutContent(aiohttp.ClientResponse):
+    """Reads its body at once, and has no stream then."""
+
+    async def start(self, *args: Any) -> "WithoutContent":
+        await super().start(*args)
+        self._body = await self.content.read()
+        self.content: Any = None
+        return self
+
+
+def test_a_call_succeeds_that_cannot_be_followed() -> None:
+    """There is no stream to look at, or no session to change."""
+    with pytest.warns(DeprecationWarning, match="ClientSession"):
+
+        class Sealed(aiohttp.ClientSession):
+            def __setattr__(self, name: str, value: Any) -> None:
+                if name == "_ws_response_class" and hasattr(self, name):
+                    raise AttributeError(name)
+                object.__setattr__(self, name, value)
+
+    async def handler(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> str:
+        traces = [client_cyclebreak()]
+        if "websocket" not in request.path:
+            return await read(request, session, url)
+        sealed = Sealed(trace_configs=traces)
+        async with sealed, sealed.ws_connect(url) as websocket:
+            return type(websocket).__name__
+
+    async def main(upstream: Upstream, path: str) -> Tuple[int, str]:
+        response_class: Any = WithoutContent
+        async with gateway(handler, upstream, response_class=response_class) as fixture:
+            return await fixture.ask(path)
+
+    assert run(main(Upstream((OK,)), "/")) == (200, "ok")
+    upstream = WebSocketUpstream((b"\x88\x02\x03\xe8",))
+    plain = (200, "ClientWebSocketResponse")
+    assert run(main(upstream, "/websocket")) == plain
+
+
 def test_successful_calls_leave_no_trace_of_themselves() -> None:
     """One long request may make any number of them."""
 
