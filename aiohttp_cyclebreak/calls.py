@@ -8,8 +8,9 @@ from aiohttp import web
 
 from .exceptions import graph, traceback_of
 from .holders import Watching
-from .internals import error_of_call
+from .internals import error_of_call, error_of_released
 from .options import Options
+from .tracebacks import is_all_empty
 
 __all__ = ("Calls", "Serving", "are_followed", "current", "follow", "serving_of")
 
@@ -62,6 +63,10 @@ class Calls:
             # Each connection that ends is given one, which most often nobody raises.
             if error is not None and any(map(traceback_of, graph(error))):
                 errors.append(error)
+        # A response that had all come with its headers is not followed.
+        released = error_of_released()
+        if released is not None and not is_all_empty(released):
+            errors.append(released)
         return errors
 
     def unread(self) -> bool:

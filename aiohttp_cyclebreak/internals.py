@@ -18,11 +18,11 @@ from typing import Any, Callable, Deque, Iterator, List, Optional, Tuple, Type, 
 from weakref import WeakMethod, WeakValueDictionary, ref
 
 import aiohttp
-from aiohttp import hdrs, web, web_app, web_protocol
+from aiohttp import client_reqrep, hdrs, web, web_app, web_protocol
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_urldispatcher import SystemRoute
 
-from .exceptions import frames_of, is_exception, mro_of
+from .exceptions import frames_of, is_exception, mro_of, traceback_of
 from .options import Options
 from .running import wrapped_coroutine
 
@@ -1041,6 +1041,26 @@ def error_of_call(made_with: Any) -> Optional[BaseException]:
     """
     content = getattr(made_with, "content", None)  # None until the headers have come
     return _first_error((made_with, content, getattr(made_with, "_reader", None)))
+
+
+# One instance for all responses; up to 3.10.0, at least, each has one of its own.
+_RELEASED: Optional[BaseException] = getattr(
+    client_reqrep, "_CONNECTION_CLOSED_EXCEPTION", None
+)
+
+
+def error_of_released() -> Optional[BaseException]:
+    """What reading a response raises that was released, once that was tried.
+
+    It is in aiohttp's module, and its traceback, with each request that has tried, for
+    as long as the process runs.
+
+    aiohttp: ``client_reqrep._CONNECTION_CLOSED_EXCEPTION``, 3.10.11 to 3.14; 3.10.0 has
+    none.
+    """
+    if _RELEASED is None or traceback_of(_RELEASED) is None:
+        return None
+    return _RELEASED
 
 
 def error_of_websocket(websocket: web.WebSocketResponse) -> Optional[BaseException]:

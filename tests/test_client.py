@@ -1553,6 +1553,30 @@ def test_classes_of_the_session_that_fight_back() -> None:
     assert run(main(ws_response_class=make_websocket)) == plain
 
 
+def test_a_response_that_is_read_too_late() -> None:
+    """All have one exception, in a module of aiohttp's, for as long as it is there."""
+    if AIOHTTP < (3, 10, 11):
+        pytest.skip("each response has an exception of its own")
+
+    async def handler(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> str:
+        async with session.get(url) as response:
+            assert response.content.is_eof()
+        try:
+            return await response.text()
+        except aiohttp.ClientConnectionError as exc:
+            return str(exc)
+
+    async def main(guarded: bool) -> Dict[str, int]:
+        async with gateway(handler, Upstream((OK,)), guarded=guarded) as fixture:
+            assert await fixture.ask() == (200, "Connection closed")
+            return await count_left(fixture)
+
+    assert run(main(False))["BaseRequest"] == 4
+    assert run(main(True)) == NOTHING
+
+
 class WithoutContent(aiohttp.ClientResponse):
     """Reads its body at once, and has no stream then."""
 
