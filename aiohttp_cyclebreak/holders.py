@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .connections import Connection
 
 __all__ = (
+    "FIRST_PAUSE",
     "MOST_NOTED",
     "Holder",
     "InUse",
@@ -75,7 +76,7 @@ MOST_NOTED = 100
 _SOON = 1.0  # seconds
 
 # Seconds until what was not swallowed yet is looked at again; then twice as many.
-_FIRST_PAUSE = 0.1
+FIRST_PAUSE = 0.1
 
 # The newest exceptions are looked at: one request may fail again and again.
 _MOST_LOOKED_AT = 10
@@ -165,7 +166,7 @@ class Holder:
         self.task: ref[Any] = ref(task)
         self.is_looked_at = False  # soon, for what was swallowed
         self.timer: Optional[asyncio.TimerHandle] = None  # and what is not yet
-        self.pause = _FIRST_PAUSE
+        self.pause = FIRST_PAUSE
         self.exceptions: List[BaseException] = []
         # By the id of each of those, the ids of it and of what it leads to; and by each
         # of these, how many lead to it.
@@ -204,7 +205,7 @@ class Holder:
 
     def look_soon(self) -> None:
         """Look for what was swallowed as soon as the task waits for something."""
-        self.pause = _FIRST_PAUSE
+        self.pause = FIRST_PAUSE
         task = self.task()
         if self.is_looked_at or task is None or not COUNTS_ARE_EXACT:
             return

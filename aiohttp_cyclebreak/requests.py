@@ -26,6 +26,7 @@ from .exceptions import (
 )
 from .frames import COUNTS_ARE_EXACT, Emptied, empty, empty_with_callers, local_values
 from .holders import (
+    FIRST_PAUSE,
     MOST_NOTED,
     Holder,
     InUse,
@@ -213,6 +214,8 @@ class FollowedRequest(Holder):
             if self.ended:
                 self._note_outcomes()
             for serving in self.calls:
+                if not serving.over and not self.kept and serving.unread():
+                    _look_later(serving)
                 serving.over = True
                 for error in serving.errors():
                     self.note(error)
@@ -400,6 +403,25 @@ class FollowedRequest(Holder):
         else:
             late = BodyReleasedError if self.releases_body else web.PayloadAccessError
             _release_payload(request, self.connection, late)
+
+
+def _look_later(serving: Serving, pause: float = FIRST_PAUSE) -> None:
+    """Look at responses that tasks read on when their request has ended.
+
+    Nobody is told which of them breaks off, nor which task has it: of several calls
+    that are gathered the first failure may end the request.
+    """
+    loop = asyncio.get_running_loop()
+    loop.call_later(pause, _look_at_calls, serving, pause, context=Context())
+
+
+def _look_at_calls(serving: Serving, pause: float) -> None:
+    try:
+        leave(serving.errors())
+        if serving.unread():
+            _look_later(serving, 2 * pause)
+    except Exception:
+        complain("looking at calls that go on")
 
 
 def _emptied_by(connection: Connection) -> Emptied:

@@ -1323,6 +1323,66 @@ def test_a_task_that_outlives_its_request_is_on_its_own() -> None:
     run(main())
 
 
+def test_a_body_that_breaks_off_when_the_request_has_ended() -> None:
+    """Of calls that are gathered the others go on when the first has failed."""
+
+    async def main(guarded: bool) -> int:
+        ends: List[asyncio.Future[None]] = []
+
+        async def part(upstream: web.BaseRequest) -> web.StreamResponse:
+            response = web.StreamResponse()
+            response.content_length = 100
+            await response.prepare(upstream)
+            await response.write(b"half")
+            await ends[-1]
+            assert upstream.transport is not None
+            upstream.transport.abort()
+            return response
+
+        async def read_on(
+            request: web.Request, session: aiohttp.ClientSession, url: str
+        ) -> None:
+            async with session.get(url) as response:
+                begun.set()
+                with contextlib.suppress(aiohttp.ClientError):
+                    await response.read()
+
+        async def handler(
+            request: web.Request, session: aiohttp.ClientSession, url: str
+        ) -> str:
+            ends.append(asyncio.get_running_loop().create_future())
+            tasks.append(asyncio.ensure_future(read_on(request, session, other)))
+            await begun.wait()
+            return "ended"
+
+        begun = asyncio.Event()
+        tasks: List[asyncio.Future[None]] = []
+        runner = web.ServerRunner(web.Server(part))
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        host, port = runner.addresses[0][:2]
+        other = f"http://{host}:{port}/"
+        try:
+            async with gateway(handler, Upstream(()), guarded=guarded) as fixture:
+                with no_collector():
+                    before = len(alive(web.Request))
+                    await fixture.service.ask("/")
+                    ends.pop().set_result(None)
+                    await tasks.pop()
+                    for _ in range(100):  # the pause is 0.1 seconds
+                        left = len(alive(web.Request)) - before
+                        if not guarded or not left:
+                            break
+                        await asyncio.sleep(0.1)
+                    return left
+        finally:
+            await runner.cleanup()
+
+    assert run(main(False)) == 1
+    assert run(main(True)) == 0
+
+
 @pytest.mark.parametrize("calls_too", [True, False])
 def test_a_success_of_a_task_that_outlives_its_request(calls_too: bool) -> None:
     """It is a next call of the task's own, whether the request was followed or not."""
