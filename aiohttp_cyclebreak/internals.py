@@ -12,6 +12,7 @@ import itertools
 import re
 import sys
 from collections import deque
+from contextvars import Context
 from functools import partial
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any, Callable, Deque, Iterator, List, Optional, Tuple, Type, cast
@@ -984,6 +985,7 @@ def guard_connections(
                 lost(request, error)  # type: ignore[arg-type]
 
     GuardedRequestHandler.guard_options = options
+    _name_like(GuardedRequestHandler, handler_class)
     base: Any = type(server)
 
     class GuardedServer(base, _Guarded):  # type: ignore[misc]
@@ -995,8 +997,15 @@ def guard_connections(
             return protocol
 
     GuardedServer.guard_options = options
+    _name_like(GuardedServer, base)
     handler = around(server.request_handler)
     server.__class__ = GuardedServer
+
+
+def _name_like(cls: type, base: type) -> None:
+    """Have a subclass go by the name of its base: asyncio's log lines have it."""
+    cls.__module__, cls.__name__ = base.__module__, base.__name__
+    cls.__qualname__ = base.__qualname__
 
 
 def options_of_server(server: web.Server) -> Optional[Options]:
@@ -1027,7 +1036,15 @@ class _Messages(Deque[Any]):
     def append(self, message: Any) -> None:
         super().append(message)
         if isinstance(message[0], web_protocol._ErrInfo):
-            self._refused(self._task(), message[0].exc)
+            task = self._task()
+            self._refused(task, message[0].exc)
+            if task is not None:
+                # A connection that ends before it comes to this would keep it, and its
+                # context may be what an earlier request has raised as its response.
+                task.add_done_callback(self._end, context=Context())
+
+    def _end(self, task: Any) -> None:
+        self.clear()
 
 
 def error_of_call(made_with: Any) -> Optional[BaseException]:
@@ -1156,8 +1173,7 @@ def _following(base: Any, opened: Callable[[Any], None]) -> Any:
                 opened(self)
 
         cls = Following
-        cls.__module__, cls.__name__ = base.__module__, base.__name__
-        cls.__qualname__ = base.__qualname__
+        _name_like(cls, base)
     except Exception:  # it is final, or its metaclass wants to know more
         return base
     _made[id(base)] = cls

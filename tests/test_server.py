@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import pathlib
+import socket
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -584,19 +585,59 @@ def test_a_malformed_request_is_answered_and_logged_as_before() -> None:
     assert run(main(guarded=True)) == bare
 
 
+def test_a_connection_goes_by_the_name_it_had() -> None:
+    """Where aiohttp fails, as some releases do at a broken URL, asyncio logs it."""
+
+    async def main(guarded: bool) -> Any:
+        records = Records()
+        logging.getLogger("asyncio").addHandler(records)
+        runner = web.AppRunner(application())
+        await runner.setup()
+        if guarded:
+            guard_server(runner)
+        server = runner.server
+        assert server is not None
+        service = await start(runner)
+        client = await service.connect()
+        await client.get("/")
+        await client.answer()
+        names = [repr(each) for each in server.connections]
+        names += [repr(server).partition(" at ")[0]]
+        await client.get("http://[no/")
+        with contextlib.suppress(ConnectionError):
+            await client.answer()
+        client.close()
+        await service.settle()
+        await runner.cleanup()
+        logging.getLogger("asyncio").removeHandler(records)
+        lines = "\n".join(records.lines).splitlines()
+        return names, [line for line in lines if line.startswith("protocol:")]
+
+    bare = run(main(guarded=False))
+    assert run(main(guarded=True)) == bare
+
+
 UPGRADE = (
     b"GET /%s HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 )
 
 
-@pytest.mark.parametrize("first", [b"", UPGRADE % b"ok", UPGRADE % b"close"])
-def test_a_malformed_request_behind_another_one(first: bytes) -> None:
+@pytest.mark.parametrize("half_closes", [False, True])
+@pytest.mark.parametrize(
+    "first", [b"", UPGRADE % b"ok", UPGRADE % b"close", UPGRADE % b"refuse"]
+)
+def test_a_malformed_request_behind_another_one(
+    first: bytes, half_closes: bool
+) -> None:
     """An upgrade that is declined is followed by what is parsed after the answer.
 
-    aiohttp does not come to that if the answer closes the connection.
+    aiohttp does not come to that if the answer closes the connection, or its client
+    has done so.
     """
 
     async def handle(request: web.Request) -> web.Response:
+        if request.path == "/refuse":
+            raise web.HTTPBadRequest
         response = web.Response()
         if request.path == "/close":
             response.force_close()
@@ -614,6 +655,8 @@ def test_a_malformed_request_behind_another_one(first: bytes) -> None:
             for _ in range(3):
                 client = await service.connect()
                 await client.send(first + b"not HTTP\r\n\r\n")
+                if half_closes:
+                    client.sock.shutdown(socket.SHUT_WR)
                 with contextlib.suppress(ConnectionError):
                     while True:
                         await client.answer()
