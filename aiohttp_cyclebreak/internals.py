@@ -954,7 +954,7 @@ def guard_connections(
         refused: called with that task and what was wrong with a request.
         lost: called with a request and what is raised there, or was and aiohttp has
             caught it, since the client has gone while something was sent to it.
-        around: makes the handler of all requests from the server's own.
+        around: makes the handler of a connection's requests from the server's own.
     """
     handler_class: Any = web_protocol.RequestHandler
 
@@ -993,12 +993,12 @@ def guard_connections(
             protocol = super().__call__()
             if type(protocol) is handler_class:
                 protocol.__class__ = GuardedRequestHandler
-                protocol._request_handler = handler
+                # Of each connection: a server may be given another handler later.
+                protocol._request_handler = around(protocol._request_handler)
             return protocol
 
     GuardedServer.guard_options = options
     _name_like(GuardedServer, base)
-    handler = around(server.request_handler)
     server.__class__ = GuardedServer
 
 

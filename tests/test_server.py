@@ -473,6 +473,32 @@ def test_a_runner_of_ones_own_guards_itself() -> None:
     assert run(main()) == 0
 
 
+def test_a_server_that_is_given_another_handler_later() -> None:
+    """Those who connect after that get to it, as bare."""
+
+    async def other(request: web.BaseRequest) -> web.Response:
+        raise web.HTTPGone(text="moved")
+
+    async def main(guarded: bool) -> Any:
+        server = web.Server(refuse)
+        runner = web.ServerRunner(server)
+        with no_collector():
+            before = len(alive())
+            await runner.setup()
+            if guarded:
+                guard_server(runner)
+            service = await start(runner)
+            answers = [await service.ask()]
+            server.request_handler = other
+            answers.append(await service.ask())
+            await service.settle()
+            left = len(alive()) - before
+            await runner.cleanup()
+            return left, answers
+
+    assert run(main(guarded=True)) == (0, run(main(guarded=False))[1])
+
+
 def test_twice_is_once() -> None:
     """One event for each request."""
     events: List[BreakEvent] = []
