@@ -279,7 +279,7 @@ def is_websocket_of(request: web.BaseRequest, value: object) -> bool:
 
 
 class _PastRequest:
-    """What a websocket's public attributes, and its close(), ask its request for.
+    """What a response's public attributes, and a websocket's close(), ask of a request.
 
     aiohttp: ``StreamResponse.__repr__`` and ``.task``, 3.8 to 3.14; what
     ``WebSocketResponse`` does to its transport, 3.8 to 3.14, and with
@@ -288,7 +288,7 @@ class _PastRequest:
 
     __slots__ = ("method", "path", "task", "_protocol")
 
-    _payload_writer = None
+    _payload_writer = writer = None
 
     def __init__(self, request: web.BaseRequest) -> None:
         self.method = request.method
@@ -774,7 +774,7 @@ def forget_missing_route(request: web.BaseRequest) -> None:
         route._handler = _raising(error)
         own: Any = getattr(error, "_req", None)
         if own is not None and is_same(own, request):
-            error._req = None
+            error._req = cast(web.BaseRequest, _PastRequest(own))  # its repr asks
     if _forget_chains is not None:
         _forget_chains()
 

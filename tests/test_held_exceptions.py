@@ -652,6 +652,49 @@ def test_a_websocket_that_is_held_for_good_is_as_bare(ends: Any, guard: str) -> 
 
 
 @pytest.mark.parametrize("guard", GUARDS)
+def test_a_404_whose_client_has_gone_is_as_bare(guard: str) -> None:
+    """Who has it for long, a log's queue for instance, prints it; its request goes."""
+
+    async def main(guard: Guard) -> Any:
+        held: List[web.HTTPException] = []
+        gone = asyncio.Event()
+
+        @web.middleware
+        async def hold(request: web.Request, handler: Any) -> web.StreamResponse:
+            try:
+                return await handler(request)  # type: ignore[no-any-return]
+            except web.HTTPException as exc:
+                held.append(exc)
+                await gone.wait()
+                raise
+
+        app = web.Application(middlewares=[hold])
+        guard(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                client = await service.connect()
+                await client.get("/missing")
+                while not held:
+                    await asyncio.sleep(0.001)
+                client.reset()
+                server: Any = service.runner.server
+                (connection,) = server.connections
+                while connection.transport is not None:
+                    await asyncio.sleep(0.001)
+                del connection
+                gone.set()
+                await service.settle()
+                held[0].__traceback__ = None
+                left = len(alive()) - before
+                return left, repr(held[0]), type(held[0].task)
+
+    bare = run(main(lambda app: None))
+    assert bare[0] == 1
+    assert run(main(GUARDS[guard])) == (0, *bare[1:])
+
+
+@pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("how", ["a function", "a response"])
 def test_what_is_left_behind_a_failure_goes_with_a_later_request(
     how: str, guard: str
