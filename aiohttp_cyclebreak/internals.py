@@ -1041,9 +1041,9 @@ class _Messages(Deque[Any]):
             if task is not None:
                 # A connection that ends before it comes to this would keep it, and its
                 # context may be what an earlier request has raised as its response.
-                task.add_done_callback(self._end, context=Context())
+                task.add_done_callback(self.forget, context=Context())
 
-    def _end(self, task: Any) -> None:
+    def forget(self, task: Any) -> None:
         self.clear()
 
 
