@@ -99,7 +99,8 @@ async def _ended(
             is_over = response.content.is_eof()
         except AttributeError:  # a class of the application's, without a stream
             is_over = False
-        if is_over:  # no error can come to it any more
+        # Then no error can come to it any more, but for that of one that is released.
+        if is_over and internals.RELEASED_HAVE_ONE_ERROR:
             note_successful_call()
             return
     note_call(response)

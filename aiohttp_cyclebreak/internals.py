@@ -30,6 +30,7 @@ from .running import wrapped_coroutine
 __all__ = (
     "HANDLE_REQUEST",
     "KEEPS_FIRST_ATTEMPTS",
+    "RELEASED_HAVE_ONE_ERROR",
     "all_tasks",
     "body_size",
     "cancellation_of",
@@ -1060,10 +1061,11 @@ def error_of_call(made_with: Any) -> Optional[BaseException]:
     return _first_error((made_with, content, getattr(made_with, "_reader", None)))
 
 
-# One instance for all responses; up to 3.10.0, at least, each has one of its own.
+# One for all responses that are released; up to 3.10.8 each has one of its own.
 _RELEASED: Optional[BaseException] = getattr(
     client_reqrep, "_CONNECTION_CLOSED_EXCEPTION", None
 )
+RELEASED_HAVE_ONE_ERROR = _RELEASED is not None
 
 
 def error_of_released() -> Optional[BaseException]:
@@ -1072,8 +1074,7 @@ def error_of_released() -> Optional[BaseException]:
     It is in aiohttp's module, and its traceback, with each request that has tried, for
     as long as the process runs.
 
-    aiohttp: ``client_reqrep._CONNECTION_CLOSED_EXCEPTION``, 3.10.11 to 3.14; 3.10.0 has
-    none.
+    aiohttp: ``client_reqrep._CONNECTION_CLOSED_EXCEPTION``, 3.10.9 to 3.14 (#9405).
     """
     if _RELEASED is None or traceback_of(_RELEASED) is None:
         return None

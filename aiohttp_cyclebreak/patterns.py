@@ -25,6 +25,7 @@ _PATTERNS: Tuple[Tuple[str, str, Tuple[str, ...]], ...] = (
         "cve-2024-52303",
         ("functools._lru_cache_wrapper", "aiohttp.web_urldispatcher.SystemRoute"),
     ),
+    ("permanent", "gateway/released", ("global '_CONNECTION_CLOSED_EXCEPTION'",)),
     ("permanent", "singleton", (_ERROR, "traceback")),
     ("live", "idle-body", ("RequestHandler.start", "local variable 'request'")),
     *(
@@ -86,7 +87,7 @@ def marks_of(each: Any) -> Iterator[str]:
 
 
 def recognise(kind: str, marks: Set[str]) -> Optional[str]:
-    """The leak of the catalogue that a chain is, before the slash of its id."""
+    """The id of the catalogue's leak that a chain is, or what its variants share."""
     for its_kind, leak, needed in _PATTERNS:
         if its_kind == kind and marks.issuperset(needed):
             return leak
@@ -130,7 +131,7 @@ _SWALLOWED = (
 def advise(kind: str, leak: Optional[str], marks: Set[str]) -> str:
     """What to do about a chain."""
     for each in CATALOGUE:
-        if each.id.partition("/")[0] == leak:
+        if f"{each.id}/".startswith(f"{leak}/"):
             advice = f"{_REMEDIES[each.remedy]}; {leak} of the catalogue: {each.title}."
             if leak == "kept-local":
                 advice = f"{advice} {_SWALLOWED}"

@@ -213,8 +213,9 @@ class FollowedRequest(Holder):
                 self.note(kept)
             if self.ended:
                 self._note_outcomes()
+            asks_nobody = self.are_default and not self.kept
             for serving in self.calls:
-                if not serving.over and not self.kept and serving.unread():
+                if asks_nobody and not serving.over and serving.unread():
                     _look_later(serving)
                 serving.over = True
                 for error in serving.errors():

@@ -1326,7 +1326,7 @@ def test_a_task_that_outlives_its_request_is_on_its_own() -> None:
 def test_a_body_that_breaks_off_when_the_request_has_ended() -> None:
     """Of calls that are gathered the others go on when the first has failed."""
 
-    async def main(guarded: bool) -> int:
+    async def main(guarded: bool, **options: Any) -> int:
         ends: List[asyncio.Future[None]] = []
 
         async def part(upstream: web.BaseRequest) -> web.StreamResponse:
@@ -1364,7 +1364,12 @@ def test_a_body_that_breaks_off_when_the_request_has_ended() -> None:
         host, port = runner.addresses[0][:2]
         other = f"http://{host}:{port}/"
         try:
-            async with gateway(handler, Upstream(()), guarded=guarded) as fixture:
+            async with gateway(
+                handler,
+                Upstream(()),
+                guarded=guarded,
+                install=lambda app: setup(app, **options),
+            ) as fixture:
                 with no_collector():
                     before = len(alive(web.Request))
                     await fixture.service.ask("/")
@@ -1372,7 +1377,7 @@ def test_a_body_that_breaks_off_when_the_request_has_ended() -> None:
                     await tasks.pop()
                     for _ in range(100):  # the pause is 0.1 seconds
                         left = len(alive(web.Request)) - before
-                        if not guarded or not left:
+                        if not guarded or options or not left:
                             break
                         await asyncio.sleep(0.1)
                     return left
@@ -1381,6 +1386,8 @@ def test_a_body_that_breaks_off_when_the_request_has_ended() -> None:
 
     assert run(main(False)) == 1
     assert run(main(True)) == 0
+    # Nobody could ask any more what its options say.
+    assert run(main(True, clear_frames=False)) == 1
 
 
 @pytest.mark.parametrize("calls_too", [True, False])
@@ -1614,9 +1621,7 @@ def test_classes_of_the_session_that_fight_back() -> None:
 
 
 def test_a_response_that_is_read_too_late() -> None:
-    """All have one exception, in a module of aiohttp's, for as long as it is there."""
-    if AIOHTTP < (3, 10, 11):
-        pytest.skip("each response has an exception of its own")
+    """From 3.10.9 on all have one exception, in a module of aiohttp's, for good."""
 
     async def handler(
         request: web.Request, session: aiohttp.ClientSession, url: str

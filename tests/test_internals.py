@@ -16,6 +16,7 @@ from .service import AIOHTTP
 
 # What its docstrings name for some versions only, and whether this is one of them.
 ONLY = {
+    "_CONNECTION_CLOSED_EXCEPTION": AIOHTTP >= (3, 10, 9),
     "_PAYLOAD_ACCESS_ERROR": AIOHTTP >= (3, 10, 6),
     "_build_middlewares": AIOHTTP >= (3, 10, 6),
     "_cached_build_middleware": AIOHTTP >= (3, 10, 11),

@@ -76,6 +76,8 @@ def test_a_leak_has_all_its_marks() -> None:
     assert recognise("delayed", {"a frame of the application"}) is None
     singleton = {"an error", "traceback", "a frame of the application"}
     assert recognise("permanent", singleton) == "singleton"
+    of_a_client = {*singleton, "global '_CONNECTION_CLOSED_EXCEPTION'"}
+    assert recognise("permanent", of_a_client) == "gateway/released"
     stored = {*singleton, "attribute '_state'"}
     assert recognise("delayed", stored) == "stash"
 
@@ -92,6 +94,9 @@ def test_advice() -> None:
     assert gateway.startswith("client_cyclebreak() among the trace_configs")
     assert "; gateway of the catalogue: " in gateway
     assert "No middleware sees" not in gateway
+    released = advise("permanent", "gateway/released", set())
+    assert released.startswith("client_cyclebreak() among the trace_configs")
+    assert "; gateway/released of the catalogue: the handler reads a " in released
     idle = advise("live", "idle-body", set())
     assert "; idle-body of the catalogue: " in idle
     raised = advise("delayed", None, {"traceback"})

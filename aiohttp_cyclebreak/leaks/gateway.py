@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+from dataclasses import replace
 from typing import AsyncIterator, Awaitable, Callable, Dict, List, Optional, Tuple
 
 import aiohttp
@@ -112,6 +113,13 @@ class Gateway:
         async with self._session.get(self._upstream.url) as response:
             return await response.read()
 
+    async def call_and_release(self, request: web.Request) -> bytes:
+        """Call it, and read what it sends when it is too late."""
+        assert self._session is not None
+        async with self._session.get(self._upstream.url) as response:
+            pass
+        return await response.read()
+
 
 def gateway_of(app: web.Application) -> Optional[Gateway]:
     """The gateway that an application of this group has."""
@@ -144,6 +152,13 @@ async def _translate(gateway: Gateway, request: web.Request) -> web.Response:
         raise web.HTTPBadGateway(text="the upstream failed") from exc
 
 
+async def _read_too_late(gateway: Gateway, request: web.Request) -> web.Response:
+    try:
+        return web.Response(body=await gateway.call_and_release(request))
+    except aiohttp.ClientError:
+        return web.Response(status=502)
+
+
 async def _gather(gateway: Gateway, request: web.Request) -> web.Response:
     calls = gateway.call(request), gateway.call(request)
     await asyncio.gather(*calls, return_exceptions=True)
@@ -172,6 +187,8 @@ _AFFECTED: Dict[str, Affected] = {
     "timeout/swallow": Affected(since=(3, 10, 6), until=(3, 11, 13), python=(3, 9)),
     "timeout/gather": Affected(since=(3, 10, 6)),
     "retried": _FIXED,
+    "released": Affected(since=(3, 10, 9)),
+    "released/own-error": Affected(until=(3, 10, 8)),
 }
 
 
@@ -213,5 +230,25 @@ LEAKS = (
         "the upstream disconnects, and answers the second attempt",
         (b"", _OK),
         _let_fly,
+    ),
+    replace(
+        _leak(
+            "released",
+            "the handler reads a response that was released",
+            (_OK,),
+            _read_too_late,
+        ),
+        kind=Kind.PERMANENT,
+        chain=(
+            "module of the client -> exception -> traceback -> frame of the handler "
+            "-> request"
+        ),
+        upstream="https://github.com/aio-libs/aiohttp/pull/9405",
+    ),
+    _leak(
+        "released/own-error",
+        "the handler reads a response that was released",
+        (_OK,),
+        _read_too_late,
     ),
 )
