@@ -1,12 +1,13 @@
 """What were outgoing calls made with? By weak reference: it holds nothing alive."""
 
 from contextvars import ContextVar
+from itertools import islice
 from typing import Any, Dict, List, Optional
 from weakref import ref
 
 from aiohttp import web
 
-from .exceptions import graph, traceback_of
+from .exceptions import frames_of, graph, leads_to, traceback_of
 from .holders import Watching
 from .internals import error_of_call, error_of_released
 from .options import Options
@@ -15,6 +16,7 @@ from .tracebacks import is_all_empty
 __all__ = ("Calls", "Serving", "are_followed", "current", "follow", "serving_of")
 
 _FEWEST = 32  # that come before the dead are dropped
+_MOST_ENTRIES = 200
 
 
 class Calls:
@@ -65,9 +67,20 @@ class Calls:
                 errors.append(error)
         # A response that had all come with its headers is not followed.
         released = error_of_released()
-        if released is not None and not is_all_empty(released):
+        if (
+            released is not None
+            and not is_all_empty(released)
+            and self._is_to_sever(released)
+        ):
             errors.append(released)
         return errors
+
+    def _is_to_sever(self, released: BaseException) -> bool:
+        """Whether what all released responses raise has been raised very often.
+
+        Before that somebody may have it in hand, in whose stead nobody can be asked.
+        """
+        return next(islice(frames_of(released), _MOST_ENTRIES, None), None) is not None
 
     def unread(self) -> bool:
         """Whether a response is there whose body has not all come yet."""
@@ -90,6 +103,12 @@ class Serving(Calls):
         # Weakly: every task that a handler starts has this in its context, for as long
         # as it runs.
         self.request = Watching(request)
+
+    def _is_to_sever(self, released: BaseException) -> bool:
+        request = self.request()
+        return super()._is_to_sever(released) or (
+            request is not None and leads_to(released, request)
+        )
 
 
 # Whether any client session asks for it.

@@ -53,6 +53,7 @@ LEAKS = (
     "gateway/refused/swallow",
     "gateway/cut/swallow",
     "gateway/half/swallow",
+    "gateway/released",
     "unseen/malformed",
     "client-gone/response",
     "idle-body",

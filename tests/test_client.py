@@ -44,6 +44,7 @@ from aiohttp_cyclebreak import (
     keep_cycles,
     setup,
 )
+from aiohttp_cyclebreak.exceptions import frames_of
 from aiohttp_cyclebreak.holders import MOST_NOTED
 from aiohttp_cyclebreak.leaks.gateway import Upstream
 
@@ -1640,6 +1641,52 @@ def test_a_response_that_is_read_too_late() -> None:
 
     assert run(main(False))["BaseRequest"] == 4
     assert run(main(True)) == NOTHING
+
+
+def test_a_response_that_is_read_too_late_by_another_request() -> None:
+    """It finds the locals of what it has in hand: nobody else severs that."""
+    found: List[bool] = []
+
+    async def read_too_late(session: aiohttp.ClientSession, url: str) -> str:
+        marker = "local"  # noqa: F841
+        async with session.get(url) as response:
+            pass
+        try:
+            return await response.text()
+        except aiohttp.ClientConnectionError as exc:
+            raise LookupError from exc
+
+    async def handler(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> str:
+        if request.path == "/ends":
+            return await read(request, session, url)
+        try:
+            await read_too_late(session, url)
+        except LookupError as exc:
+            begun.set()
+            await ended.wait()
+            assert exc.__cause__ is not None
+            frames = list(frames_of(exc.__cause__))
+            found.append(any("marker" in frame.f_locals for frame in frames))
+            del frames
+        return "reported"
+
+    async def main() -> None:
+        nonlocal begun, ended
+        begun, ended = asyncio.Event(), asyncio.Event()
+        async with gateway(handler, Upstream((OK,))) as fixture:
+            reports = asyncio.ensure_future(fixture.service.ask("/reports"))
+            await begun.wait()
+            assert (await fixture.service.ask("/ends"))[0] == 200
+            await spin()
+            ended.set()
+            assert (await reports)[0] == 200
+
+    begun: Any = None
+    ended: Any = None
+    run(main())
+    assert found == [True]
 
 
 class WithoutContent(aiohttp.ClientResponse):
