@@ -16,7 +16,7 @@ from .tracebacks import is_all_empty
 __all__ = ("Calls", "Serving", "are_followed", "current", "follow", "serving_of")
 
 _FEWEST = 32  # that come before the dead are dropped
-_MOST_ENTRIES = 200
+_MOST_ENTRIES = 200  # in the traceback of what all released responses raise
 
 
 class Calls:
@@ -78,7 +78,7 @@ class Calls:
     def _is_to_sever(self, released: BaseException) -> bool:
         """Whether what all released responses raise has been raised very often.
 
-        Before that somebody may have it in hand, in whose stead nobody can be asked.
+        Before that it is left to who has raised it, and may have it in hand.
         """
         return next(islice(frames_of(released), _MOST_ENTRIES, None), None) is not None
 

@@ -287,10 +287,10 @@ class Holder:
                 newer.append(exc)
                 continue
             out.remove(id(exc))
-            self._take_from_hand(id(exc))
+            self._forget(id(exc))
         self.exceptions += reversed(newer)
 
-    def _take_from_hand(self, root: int) -> None:
+    def _forget(self, root: int) -> None:
         for key in self.noted.pop(root):
             # Another thread may note something meanwhile: no number is relied on.
             number = self.in_hand.pop(key, 1) - 1

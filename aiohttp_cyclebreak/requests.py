@@ -413,10 +413,10 @@ def _look_later(serving: Serving, pause: float = FIRST_PAUSE) -> None:
     that are gathered the first failure may end the request.
     """
     loop = asyncio.get_running_loop()
-    loop.call_later(pause, _look_at_calls, serving, pause, context=Context())
+    loop.call_later(pause, _look_at_unread, serving, pause, context=Context())
 
 
-def _look_at_calls(serving: Serving, pause: float) -> None:
+def _look_at_unread(serving: Serving, pause: float) -> None:
     try:
         leave(serving.errors())
         if serving.unread():

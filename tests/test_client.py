@@ -1643,6 +1643,32 @@ def test_a_response_that_is_read_too_late() -> None:
     assert run(main(True)) == NOTHING
 
 
+def test_what_reads_responses_too_late_and_hides_its_request() -> None:
+    """It is not known by whom, but very many are not kept."""
+
+    async def read_too_late(
+        requests: List[web.Request], session: aiohttp.ClientSession, url: str
+    ) -> str:
+        async with session.get(url) as response:
+            pass
+        try:
+            return await response.text()
+        except aiohttp.ClientConnectionError as exc:
+            return str(exc)
+
+    async def handler(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> str:
+        return await read_too_late([request], session, url)
+
+    async def main(guarded: bool) -> int:
+        async with gateway(handler, Upstream((OK,)), guarded=guarded) as fixture:
+            return (await count_left(fixture, visits=100))["BaseRequest"]
+
+    assert run(main(False)) == 100
+    assert run(main(True)) < 80
+
+
 def test_a_response_that_is_read_too_late_by_another_request() -> None:
     """It finds the locals of what it has in hand: nobody else severs that."""
     found: List[bool] = []

@@ -234,7 +234,7 @@ LEAKS = (
     replace(
         _leak(
             "released",
-            "the handler reads a response that was released",
+            "the handler reads a response after its release",
             (_OK,),
             _read_too_late,
         ),
@@ -247,7 +247,7 @@ LEAKS = (
     ),
     _leak(
         "released/own-error",
-        "the handler reads a response that was released",
+        "the handler reads a response after its release",
         (_OK,),
         _read_too_late,
     ),
