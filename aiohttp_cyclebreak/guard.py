@@ -110,7 +110,10 @@ def note(request: web.BaseRequest, exc: BaseException, options: Options) -> None
         if followed is not None:
             followed.note_here(exc)
     except Exception:
-        complain("noting an exception")
+        try:
+            complain("noting an exception")
+        except RecursionError:  # not even for the call is there any stack left
+            pass
 
 
 def _count_references(exc: BaseException) -> int:
@@ -206,7 +209,10 @@ def note_http_exception(
                         _look_soon(request, connection, options)
                     return
     except Exception:
-        complain("putting off an exception")
+        try:
+            complain("putting off an exception")
+        except RecursionError:  # as in note()
+            return
     note(request, exc, options)
 
 

@@ -651,6 +651,7 @@ def test_a_websocket_that_is_held_for_good_is_as_bare(ends: Any, guard: str) -> 
     assert run(main(GUARDS[guard])) == (0, *bare[1:])
 
 
+@pytest.mark.skipif(AIOHTTP < (3, 8, 2), reason="it cancels the handler")
 @pytest.mark.parametrize("guard", GUARDS)
 def test_a_404_whose_client_has_gone_is_as_bare(guard: str) -> None:
     """Who has it for long, a log's queue for instance, prints it; its request goes."""

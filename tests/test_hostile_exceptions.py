@@ -639,7 +639,8 @@ def test_an_answer_at_the_edge_of_the_stack() -> None:
         app.router.add_get("/{left}", refuse)
         async with serve(app) as service:
             paths = [f"/{left}" for left in range(2, 30)]
-            return [(await service.ask(path))[0] for path in paths]
+            # From CPython 3.12 on what has run a few times takes less of the stack.
+            return [(await service.ask(path))[0] for path in 5 * paths]
 
     bare = run(main(idle))
     assert 400 in bare
