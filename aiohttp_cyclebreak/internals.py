@@ -28,6 +28,7 @@ from .options import Options
 from .running import wrapped_coroutine
 
 __all__ = (
+    "CLOSES_LOST",
     "HANDLE_REQUEST",
     "KEEPS_FIRST_ATTEMPTS",
     "RELEASED_HAVE_ONE_ERROR",
@@ -93,6 +94,9 @@ HANDLE_REQUEST: Optional[CodeType] = getattr(
     getattr(web_protocol.RequestHandler, "_handle_request", None), "__code__", None
 )
 
+# Whether aiohttp closes a transport that was lost.  From CPython 3.12 on that ends a
+# cycle of the transport's own, which a reset leaves.
+CLOSES_LOST = _VERSION >= (3, 10, 6)
 
 # The code of a connection's task.
 _START: Optional[CodeType] = getattr(

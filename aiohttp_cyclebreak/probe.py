@@ -26,7 +26,7 @@ from aiohttp import web
 
 from .client import client_cyclebreak
 from .exceptions import mro_of
-from .internals import body_size
+from .internals import CLOSES_LOST, body_size
 from .leaks import Kind, Leak, Remedy, Step, gateway_of
 from .middleware import cyclebreak
 from .server import guard_server
@@ -441,8 +441,8 @@ async def measure_floor() -> Floor:
             self.data = data
 
         def connection_lost(self, exc: Optional[BaseException]) -> None:
-            # As aiohttp does: from CPython 3.12 on it ends a cycle of the transport's.
-            self.transport.close()
+            if CLOSES_LOST:
+                self.transport.close()
             open_connections.discard(id(self))
 
     sock = _listen()
