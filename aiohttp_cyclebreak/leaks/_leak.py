@@ -64,13 +64,11 @@ class Affected:
         since: first aiohttp release that has it; None: all that are supported.
         until: last aiohttp release that has it; None: not fixed.
         python: first CPython that has it.
-        python_until: last CPython that has it; None: not fixed.
     """
 
     since: Optional[Tuple[int, ...]] = None
     until: Optional[Tuple[int, ...]] = None
     python: Tuple[int, int] = (3, 8)
-    python_until: Optional[Tuple[int, int]] = None
 
     def on(self, aiohttp: Tuple[int, ...], python: Tuple[int, ...]) -> bool:
         """Whether these versions of aiohttp and CPython have the leak."""
@@ -78,7 +76,6 @@ class Affected:
             (self.since is None or self.since <= aiohttp)
             and (self.until is None or aiohttp <= self.until)
             and self.python <= python[:2]
-            and (self.python_until is None or python[:2] <= self.python_until)
         )
 
     def __str__(self) -> str:
@@ -93,9 +90,7 @@ class Affected:
             text = f"to {version(self.until)}"
         else:
             text = f"{version(self.since)} to {version(self.until)}"
-        if self.python_until is not None:
-            text += f", CPython {version(self.python)} to {version(self.python_until)}"
-        elif self.python > (3, 8):
+        if self.python > (3, 8):
             text += f", CPython from {version(self.python)}"
         return text
 

@@ -180,15 +180,18 @@ _HANDLERS: Dict[str, Tuple[str, _Handler]] = {
 }
 # The client was fixed for one upstream in 3.11.14, as the server was.
 _FIXED = Affected(until=(3, 11, 13))
-_AFFECTED: Dict[str, Affected] = {
-    "cut/fly": _FIXED,
-    "cut/swallow": _FIXED,
-    "cut/gather": _FIXED,
-    "timeout/swallow": Affected(since=(3, 10, 6), until=(3, 11, 13), python=(3, 9)),
-    "timeout/gather": Affected(since=(3, 10, 6)),
-    "retried": _FIXED,
-    "released": Affected(since=(3, 10, 9)),
-    "released/own-error": Affected(until=(3, 10, 8)),
+_AFFECTED: Dict[str, Tuple[Affected, ...]] = {
+    "cut/fly": (_FIXED,),
+    "cut/swallow": (_FIXED,),
+    "cut/gather": (_FIXED,),
+    "timeout/swallow": (Affected(since=(3, 10, 6), until=(3, 11, 13), python=(3, 9)),),
+    "timeout/gather": (
+        Affected(since=(3, 10, 6), python=(3, 9)),
+        Affected(since=(3, 10, 8)),
+    ),
+    "retried": (_FIXED,),
+    "released": (Affected(since=(3, 10, 9)),),
+    "released/own-error": (Affected(until=(3, 10, 8)),),
 }
 
 
@@ -210,7 +213,7 @@ def _leak(id: str, title: str, answers: _Answers, handler: _Handler) -> Leak:
             "protocol, response or connector of the client -> exception -> traceback "
             "-> frame of the handler -> request"
         ),
-        affected=(_AFFECTED.get(id, Affected()),),
+        affected=_AFFECTED.get(id, (Affected(),)),
         upstream="https://github.com/aio-libs/aiohttp/issues/10535",
         build=build,
         visits=((get(), Step.ANSWER),),
