@@ -25,7 +25,7 @@ from typing import (
     Tuple,
 )
 
-from .frames import is_finished, machinery_behind
+from .frames import callers_of, is_finished
 
 __all__ = (
     "attributes_of",
@@ -162,13 +162,13 @@ def leads_to(exc: BaseException, target: object) -> bool:
     """Whether a local of an exception's finished frames is an object, or leads to it.
 
     It does by its attributes, and theirs.  No container is entered, nor what a function
-    closes over.  Behind the traceback are frames of the event loop's, of which tasks in
-    pure Python have some: those count too.
+    closes over.  Some frames behind the traceback count too: from CPython 3.12 on it
+    leads to the coroutines that awaited those in it, and with tasks in pure Python to
+    the event loop's.
     """
     found: List[Any] = []
     frames = list(frames_of(exc))
-    if frames:
-        frames += machinery_behind(frames[0])
+    frames += callers_of(frames)
     for frame in frames:
         if is_finished(frame):
             others = (frame.f_code, frame.f_globals, frame.f_builtins, frame.f_back)

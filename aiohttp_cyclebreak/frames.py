@@ -15,13 +15,13 @@ __all__ = (
     "CO_RESUMABLE",
     "Emptied",
     "Severed",
+    "callers_of",
     "empty",
     "empty_functions",
     "empty_with_callers",
     "goes_on",
     "is_finished",
     "local_values",
-    "machinery_behind",
     "report_futures",
     "returns_of",
 )
@@ -253,14 +253,21 @@ def _is_machinery(frame: FrameType) -> bool:
     return str(module).partition(".")[0] in _MACHINERY
 
 
-def machinery_behind(frame: FrameType) -> List[FrameType]:
-    """The frames of aiohttp's and of the event loop's among those that led to one."""
+def callers_of(frames: List[FrameType]) -> List[FrameType]:
+    """The frames behind others of coroutines, of aiohttp's and of the event loop's.
+
+    One instance that is raised again and again has the frames of each time in its
+    traceback, and each of these may have callers of its own.
+    """
     found: List[FrameType] = []
-    caller = frame.f_back
-    while caller is not None:
-        if _is_machinery(caller):
-            found.append(caller)
-        caller = caller.f_back
+    seen = set(map(id, frames))
+    for frame in frames:
+        caller = frame.f_back
+        while caller is not None and id(caller) not in seen:
+            seen.add(id(caller))
+            if caller.f_code.co_flags & CO_RESUMABLE or _is_machinery(caller):
+                found.append(caller)
+            caller = caller.f_back
     return found
 
 

@@ -1715,6 +1715,77 @@ def test_a_response_that_is_read_too_late_by_another_request() -> None:
     assert found == [True]
 
 
+def test_what_a_handler_calls_reads_a_response_too_late() -> None:
+    """From CPython 3.12 on its frame leads to that of the handler."""
+
+    async def read_too_late(session: aiohttp.ClientSession, url: str) -> str:
+        async with session.get(url) as response:
+            pass
+        try:
+            return await response.text()
+        except aiohttp.ClientConnectionError as exc:
+            return str(exc)
+
+    async def handler(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> str:
+        return await read_too_late(session, url)
+
+    async def main(guarded: bool) -> int:
+        async with gateway(handler, Upstream((OK,)), guarded=guarded) as fixture:
+            return (await count_left(fixture))["BaseRequest"]
+
+    if sys.version_info >= (3, 12):
+        assert run(main(False)) == 4
+    assert run(main(True)) == 0
+
+
+@pytest.mark.skipif(
+    sys.version_info < (3, 12), reason="frames that have ended lead to no others"
+)
+def test_others_that_read_responses_too_late_meanwhile() -> None:
+    """Their frames come before those by which a request is led to."""
+
+    async def read_too_late(session: aiohttp.ClientSession, url: str) -> str:
+        async with session.get(url) as response:
+            pass
+        try:
+            return await response.text()
+        except aiohttp.ClientConnectionError as exc:
+            return str(exc)
+
+    async def handler(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> str:
+        message = await read_too_late(session, url)
+        if request.path == "/waits":
+            begun.set()
+            await ended.wait()
+        return message
+
+    async def main(guarded: bool) -> int:
+        nonlocal begun, ended
+        async with gateway(handler, Upstream((OK,)), guarded=guarded) as fixture:
+            await fixture.ask()
+            with no_collector():
+                before = len(alive())
+                begun, ended = asyncio.Event(), asyncio.Event()
+                waits = asyncio.ensure_future(fixture.service.ask("/waits"))
+                await begun.wait()
+                answer = await fixture.service.ask()
+                assert answer == (200, "Connection closed")
+                ended.set()
+                assert await waits == (200, "Connection closed")
+                await fixture.service.settle()
+                await spin()
+                return len(alive()) - before
+
+    begun: Any = None
+    ended: Any = None
+    assert run(main(False)) == 2
+    assert run(main(True)) == 0
+
+
 class WithoutContent(aiohttp.ClientResponse):
     """Reads its body at once, and has no stream then."""
 
