@@ -1,7 +1,7 @@
 """What were outgoing calls made with? By weak reference: it holds nothing alive."""
 
 from contextvars import ContextVar
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Dict, List, Optional
 from weakref import ref
 
@@ -11,12 +11,15 @@ from .exceptions import frames_of, graph, leads_to, traceback_of
 from .holders import Watching
 from .internals import error_of_call, error_of_released
 from .options import Options
-from .tracebacks import is_all_empty
+from .tracebacks import is_all_empty, looked_at, mark_looked_at
 
 __all__ = ("Calls", "Serving", "are_followed", "current", "follow", "serving_of")
 
 _FEWEST = 32  # that come before the dead are dropped
 _MOST_ENTRIES = 200  # in the traceback of what all released responses raise
+
+# In which order calls are followed, and what all released responses raise is looked at.
+_numbers = count(1)
 
 
 class Calls:
@@ -27,9 +30,10 @@ class Calls:
     call, and what is dead is dropped whenever 32 more have come, or a quarter more.
     """
 
-    __slots__ = ("_made_with", "_limit")
+    __slots__ = ("_made_with", "_limit", "_number")
 
     def __init__(self) -> None:
+        self._number = next(_numbers)
         self._made_with: Dict[int, ref[Any]] = {}
         self._limit = _FEWEST
 
@@ -70,10 +74,19 @@ class Calls:
         if (
             released is not None
             and not is_all_empty(released)
-            and self._is_to_sever(released)
+            and not self._has_begun_later(released)
         ):
-            errors.append(released)
+            mark_looked_at(released, next(_numbers))
+            if self._is_to_sever(released):
+                errors.append(released)
         return errors
+
+    def _has_begun_later(self, released: BaseException) -> bool:
+        """Whether what all released responses raise was raised last before all this.
+
+        A worker may wait for days after that, and each request would look through it.
+        """
+        return 0 < looked_at(released) < self._number
 
     def _is_to_sever(self, released: BaseException) -> bool:
         """Whether what all released responses raise has been raised very often.

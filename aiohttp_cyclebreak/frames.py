@@ -20,6 +20,7 @@ __all__ = (
     "empty_functions",
     "empty_with_callers",
     "goes_on",
+    "is_certainly_over",
     "is_finished",
     "local_values",
     "report_futures",
@@ -109,6 +110,7 @@ class Severed(Dict[int, int]):
 
     With each stands whether the entries of its first time begin here, and, in the first
     frame of its traceback, whether all the frames of that and behind it are empty.
+    Under 0, which is no id, stands when a traceback through here was looked at.
 
     A frame that is over is never traced again and has no other use for ``f_trace``, and
     what stands there goes with it.  In the exception itself it would be seen.
@@ -301,14 +303,15 @@ def report_futures(frames: Iterable[FrameType]) -> None:
     futures: Dict[int, List[Any]] = {}
     for frame in frames:
         for each in gc.get_referents(frame):
-            if type(each) is Future and _is_certainly_over(frame):
+            if type(each) is Future and is_certainly_over(frame):
                 futures.setdefault(id(each), [each, 0])[1] += 1
     each = None  # or it would be one more reference to the last one
     for future in _pop_unshared(futures) if futures else ():
         future.__del__()  # which does nothing a second time
 
 
-def _is_certainly_over(frame: FrameType) -> bool:
+def is_certainly_over(frame: FrameType) -> bool:
+    """Whether a frame is finished, and does not execute either."""
     # Before CPython 3.11 is_finished() is true of a function that executes.
     is_function = not frame.f_code.co_flags & CO_RESUMABLE
     return is_finished(frame) and not (sys.version_info < (3, 11) and is_function)

@@ -1,16 +1,18 @@
 """Which entries of a traceback stay?"""
 
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Container, List, Optional, Set
 
-from .exceptions import set_traceback, traceback_of
-from .frames import Severed, goes_on
+from .exceptions import frames_of, set_traceback, traceback_of
+from .frames import Severed, goes_on, is_certainly_over
 
 __all__ = (
     "drop_ended_entries",
     "drop_older_entries",
     "is_all_empty",
+    "looked_at",
     "mark_all_empty",
+    "mark_looked_at",
 )
 
 _FIRST_TIME = 1
@@ -169,3 +171,29 @@ def is_all_empty(exc: BaseException) -> bool:
     entry = traceback_of(exc)
     severed: Any = None if entry is None else entry.tb_frame.f_trace
     return type(severed) is Severed and bool(severed.get(id(exc), 0) & _ALL_EMPTY)
+
+
+_LOOKED_AT = 0
+
+
+def mark_looked_at(exc: BaseException, number: int) -> None:
+    """Note in a traceback that it was looked at, so that later ones need not."""
+    frame = _latest_over(exc)
+    if frame is not None:
+        severed: Any = frame.f_trace
+        if type(severed) is not Severed:
+            severed = frame.f_trace = Severed()  # type: ignore[assignment]
+        severed[_LOOKED_AT] = number
+
+
+def looked_at(exc: BaseException) -> int:
+    """The last number that was noted, if the exception was not raised since; or 0."""
+    frame = _latest_over(exc)
+    severed: Any = None if frame is None else frame.f_trace
+    return severed.get(_LOOKED_AT, 0) if type(severed) is Severed else 0
+
+
+def _latest_over(exc: BaseException) -> Optional[FrameType]:
+    # Each raise puts new entries before the others, of which the first may be that of a
+    # worker which goes on; the last is over, since it has raised.
+    return next(filter(is_certainly_over, frames_of(exc)), None)

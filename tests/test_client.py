@@ -1786,6 +1786,66 @@ def test_others_that_read_responses_too_late_meanwhile() -> None:
     assert run(main(True)) == 0
 
 
+@pytest.mark.skipif(AIOHTTP < (3, 10, 9), reason="each response has its own exception")
+@pytest.mark.parametrize("calls_another", [False, True])
+def test_what_a_worker_has_read_too_late_is_looked_through_once(
+    calls_another: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for days, and the requests that come then have nothing to do with it."""
+    looks: List[bool] = []
+    leads_to = calls.leads_to
+
+    def look(exc: BaseException, target: object) -> bool:
+        looks.append(leads_to(exc, target))
+        return looks[-1]
+
+    monkeypatch.setattr(calls, "leads_to", look)
+
+    async def read_too_late(session: aiohttp.ClientSession, url: str) -> None:
+        async with session.get(url) as response:
+            pass
+        with contextlib.suppress(aiohttp.ClientConnectionError):
+            await response.read()
+
+    async def handler(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> str:
+        if request.path == "/late":
+            await read_too_late(session, url)
+        return "answered"
+
+    async def work(session: aiohttp.ClientSession, url: str) -> None:
+        for _ in range(5):
+            if calls_another:
+                await read_too_late(session, url)
+                continue
+            async with session.get(url) as response:
+                pass
+            with contextlib.suppress(aiohttp.ClientConnectionError):
+                await response.read()
+        is_idle.set()
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        nonlocal is_idle
+        is_idle = asyncio.Event()
+        upstream = Upstream((OK,))
+        async with gateway(handler, upstream) as fixture:
+            await fixture.service.ask("/late")
+            worker = asyncio.ensure_future(work(fixture.session, upstream.url))
+            await is_idle.wait()
+            looks.clear()
+            for path in ("/", "/", "/", "/late", "/", "/"):
+                assert await fixture.service.ask(path) == (200, "answered")
+                await spin()
+            worker.cancel()
+            await asyncio.wait([worker])
+        assert len(looks) <= 3  # twice for the one that has raised it
+
+    is_idle: Any = None
+    run(main())
+
+
 class WithoutContent(aiohttp.ClientResponse):
     """Reads its body at once, and has no stream then."""
 
