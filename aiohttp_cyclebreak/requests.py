@@ -24,7 +24,14 @@ from .exceptions import (
     leads_to,
     traceback_of,
 )
-from .frames import COUNTS_ARE_EXACT, Emptied, empty, empty_with_callers, local_values
+from .frames import (
+    COUNTS_ARE_EXACT,
+    Emptied,
+    empty,
+    empty_functions,
+    empty_with_callers,
+    local_values,
+)
 from .holders import (
     FIRST_PAUSE,
     MOST_NOTED,
@@ -321,6 +328,9 @@ class FollowedRequest(Holder):
                 else partial(self._references, sorted_out, root, task),
             )
             self._tell(root, cut)
+        if len(sorted_out.ready) > 1:
+            # The frames of one have the function that is called in those of another.
+            empty_functions(list(emptied.frames.values()))
 
     def _keep_error_of(self, task: "asyncio.Future[Any]", kept: Container[int]) -> None:
         """Have what aiohttp has raised out of the request's task severed later.

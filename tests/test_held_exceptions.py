@@ -272,6 +272,38 @@ def test_frames_that_were_empty_before_are_no_reason(guard: str) -> None:
     assert any("in handler" in line for line in lines)
 
 
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_function_that_fails_elsewhere_goes_with_its_handler(guard: str) -> None:
+    """As a generator that an upload reads: the handler has it, and fails too."""
+
+    async def handler(request: web.Request) -> web.Response:
+        async def upload() -> None:
+            raise LookupError(request.path)
+
+        task = asyncio.ensure_future(upload())
+        await asyncio.wait([task])
+        request["error"] = task.exception()
+        raise ValueError
+
+    async def main(guarded: bool) -> int:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        if guarded:
+            GUARDS[guard](app)
+        async with serve(app) as service:
+            await service.ask()
+            await service.settle()
+            with no_collector():
+                before = len(alive())
+                for _ in range(4):
+                    assert (await service.ask())[0] == 500
+                await service.settle()
+                return len(alive()) - before
+
+    assert run(main(False)) == 4
+    assert run(main(True)) == 0
+
+
 def test_a_copy_of_a_function_keeps_what_it_closes_over() -> None:
     """It shares the whole closure with the one in the traceback."""
 
