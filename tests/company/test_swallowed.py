@@ -1,4 +1,4 @@
-"""tenacity, graphql-core and python-socketio: failures that leave no handler.
+"""tenacity, graphql-core, anyio, python-socketio: failures that leave no handler.
 
 Each keeps its exceptions in reference cycles of its own, and no middleware sees what a
 handler swallows; one that it stores in its request is seen.
@@ -6,6 +6,7 @@ handler swallows; one that it stores in its request is seen.
 
 import asyncio
 import socket
+import sys
 from typing import Any, Callable, Dict, List, Tuple
 
 import aiohttp
@@ -206,6 +207,43 @@ def test_an_operation_that_succeeds() -> None:
     texts, left, is_circle = executed("fine", swallow, GUARDED["setup"])
     assert texts == ['{"fine": "fine"}'] * 3
     assert left == (3 if is_circle else 0)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="no task group, or no circle")
+@pytest.mark.parametrize("group", ["anyio", "asyncio"])
+def test_a_child_that_its_task_group_cancels(group: str) -> None:
+    """The one of anyio asks for its end, in a frame that then has that in a local."""
+    anyio = pytest.importorskip("anyio", reason=REASON)
+
+    async def wait(request: web.Request) -> None:
+        await asyncio.Event().wait()
+
+    async def show(request: web.Request) -> web.Response:
+        if group == "anyio":
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(wait, request)
+                await asyncio.sleep(0)
+                tasks.cancel_scope.cancel()
+        else:
+            async with asyncio.TaskGroup() as tasks:
+                child = tasks.create_task(wait(request))
+                await asyncio.sleep(0)
+                child.cancel()
+        raise web.HTTPConflict(text="done")
+
+    def make() -> web.Application:
+        app = web.Application()
+        app.router.add_get("/", show)
+        return app
+
+    bare, kept = answers_and_left(make, BARE["setup"], *["/"] * 3)
+    guarded, left = answers_and_left(make, GUARDED["setup"], *["/"] * 3)
+    assert guarded == bare
+    assert [text for _, text in guarded] == ["done"] * 3
+    if group == "anyio":
+        assert kept == left == 3
+    else:
+        assert left == 0
 
 
 def test_a_websocket_of_socket_io() -> None:
