@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from array import array
 from itertools import accumulate
 from pathlib import Path
@@ -32,6 +33,7 @@ EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 @pytest.fixture(autouse=True)
 def _pictures_go_with_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # or this process has its own
 
 
 APP = """
@@ -978,6 +980,7 @@ def test_costs_nothing_unless_it_is_used(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
 import sys
+import tempfile
 
 
 def test_it(request):
