@@ -4,6 +4,9 @@
 interpreter is missing; ``nox -s tests`` runs the whole matrix.
 """
 
+import glob
+import tempfile
+
 import nox
 
 nox.needs_version = ">=2024.4.15"
@@ -105,6 +108,50 @@ def company(session, aiohttp):
     session.run("python", "-c", "import aiohttp; print('aiohttp', aiohttp.__version__)")
     tests = session.posargs or ["tests/company"]
     session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *tests)
+
+
+# Those of aiohttp's own tests that a server or a client session takes part in.
+UPSTREAM = (
+    *("classbasedview", "client_functional", "client_session", "client_ws_functional"),
+    *("connector", "proxy_functional", "run_app", "test_utils", "tracing"),
+    *("urldispatch", "web_*", "worker"),
+)
+UPSTREAM_NEEDS = (
+    *("pytest", "pytest-mock", "pytest-timeout", "pytest-xdist", "Brotli"),
+    *("freezegun", "proxy.py", "python-on-whales", "re-assert", "trustme"),
+)
+
+
+@nox.session
+@nox.parametrize(
+    ("python", "aiohttp"),
+    COMPANY[1:],  # bare, some of them fail on CPython 3.8
+    ids=[f"py{p}-aiohttp{a}" for p, a in COMPANY[1:]],
+)
+def upstream(session, aiohttp):
+    """Run aiohttp's own tests of servers and clients, guarded: docs/safety.rst."""
+    newer = ("blockbuster", "isal", "zlib-ng") if aiohttp == NEWEST else ()
+    needs = ("pip", requirement(aiohttp), *UPSTREAM_NEEDS, *newer)
+    session.install("-e", ".", *needs)
+    source = ("--no-deps", "--no-binary", "aiohttp", requirement(aiohttp))
+    run = ("pytest", "-q", "-n", "2", "--timeout", "100", "--rootdir", ".")
+    run += ("-c", "/dev/null", "-W", "error", "-W", "ignore::DeprecationWarning")
+    run += ("-W", "ignore::pytest.PytestUnknownMarkWarning")
+    run += ("-W", "ignore:Unclosed client session:ResourceWarning")
+    # Root may read everything, and an application that is guarded has a middleware.
+    run += ("-k", "not without_read_permission and not test_app_run_middlewares")
+    path = session.invoked_from + "/tests/upstream"
+    with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
+        session.run("python", "-m", "pip", "download", "-q", *source)
+        (archive,) = glob.glob("*.tar.gz")
+        unpack = ("tar", "-xzf", archive, "--strip-components", "1")
+        session.run(*unpack, "--exclude", "*/aiohttp", external=True)  # installed
+        for name in UPSTREAM:
+            run += tuple(sorted(glob.glob(f"tests/test_{name}.py")))
+        session.run(*run)
+        for guarded in ("cyclebreak", "everything"):
+            env = {"GUARDED": guarded, "PYTHONPATH": path}
+            session.run(*run, "-p", "guard_everything", env=env)
 
 
 @nox.session(python="3.11")
