@@ -49,6 +49,7 @@ __all__ = (
     "kept_requests",
     "note_parser_error",
     "settled_connections",
+    "undecided_connections",
     "unread_has_come",
 )
 
@@ -59,6 +60,8 @@ followed_connections: "Dict[int, ref[Connection]]" = {}
 settled_connections: Set[int] = set()
 # Those that keep for later what somebody has in hand.
 keeping_connections: "Dict[int, ref[Connection]]" = {}
+# Those whose put-off response another middleware may swallow, until anything waits.
+undecided_connections: Set[int] = set()
 
 # Exceptions that a connection keeps for later.  Who has them in hand may never be done
 # with them: a worker that goes on is in the traceback of each.
@@ -332,6 +335,7 @@ def _connection_of(task: Any) -> "Optional[Connection]":
 def _remove_connection(key: int) -> None:
     followed_connections.pop(key, None)
     settled_connections.discard(key)
+    undecided_connections.discard(key)
     keeping_connections.pop(key, None)
 
 

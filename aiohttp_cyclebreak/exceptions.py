@@ -25,7 +25,7 @@ from typing import (
     Tuple,
 )
 
-from .frames import callers_of, is_finished
+from .frames import callers_of, executed_here, is_finished
 
 __all__ = (
     "attributes_of",
@@ -280,13 +280,15 @@ def _parts_of(exceptions: List[BaseException]) -> Dict[int, Any]:
     many have their cause there a second time.
     """
     parts: Dict[int, Any] = {id(exc): exc for exc in exceptions}
+    executing = executed_here()
     for exc in exceptions:
         entry = traceback_of(exc)
         while entry is not None:
             parts[id(entry)] = entry
             # A frame that goes on is that of who has swallowed the exception.
-            if is_finished(entry.tb_frame):
-                parts[id(entry.tb_frame)] = entry.tb_frame
+            frame = entry.tb_frame
+            if is_finished(frame) and id(frame) not in executing:
+                parts[id(frame)] = frame
             entry = entry.tb_next
     outer = list(filter(_is_container, gc.get_referents(*exceptions)))
     inner = list(filter(_is_container, gc.get_referents(*outer)))  # what makes a group

@@ -19,6 +19,7 @@ __all__ = (
     "empty",
     "empty_functions",
     "empty_with_callers",
+    "executed_here",
     "goes_on",
     "is_certainly_over",
     "is_finished",
@@ -79,6 +80,24 @@ else:
             and code.co_code[last] != _YIELD_VALUE
             and code.co_code[last + 2 : last + 3] != bytes((_YIELD_FROM,))
         )
+
+
+if sys.version_info >= (3, 11):
+
+    def executed_here() -> Container[int]:
+        """None: such a frame is not finished."""
+        return ()
+
+else:
+
+    def executed_here() -> Container[int]:
+        """The ids of the frames that execute in this thread, finished or not."""
+        found = set()
+        frame: Optional[FrameType] = sys._getframe(1)  # noqa: SLF001
+        while frame is not None:
+            found.add(id(frame))
+            frame = frame.f_back
+        return found
 
 
 def goes_on(frame: FrameType) -> bool:

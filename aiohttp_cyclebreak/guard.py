@@ -22,15 +22,24 @@ from .connections import (
     followed_connections,
     keeping_connections,
     settled_connections,
+    undecided_connections,
 )
 from .exceptions import leads_on
 from .frames import COUNTS_ARE_EXACT
-from .holders import MOST_NOTED, pending
+from .holders import MOST_NOTED, in_hand, pending
 from .internals import connection_of_response, connection_task
 from .options import Options
 from .requests import FOLLOWED, Asked, FollowedRequest
 
-__all__ = ("begin", "follow", "leave_alone", "note", "note_http_exception", "passed")
+__all__ = (
+    "begin",
+    "begin_again",
+    "follow",
+    "leave_alone",
+    "note",
+    "note_http_exception",
+    "passed",
+)
 
 
 def begin(request: web.BaseRequest, options: Options) -> None:
@@ -44,6 +53,8 @@ def begin(request: web.BaseRequest, options: Options) -> None:
             connection = None if found is None else found()
             if connection is not None:
                 connection.sever_later_ones()
+        if in_hand or undecided_connections:
+            begin_again(request, options)
         if not calls.are_followed or not internals.is_request(request):
             return
         serving = calls.current.get()
@@ -59,6 +70,33 @@ def begin(request: web.BaseRequest, options: Options) -> None:
             serving.options.append(options)
     except Exception:
         complain("taking up a request")
+
+
+def begin_again(request: web.BaseRequest, options: Options) -> None:
+    """Let go of what an earlier attempt at a request has raised, if it was swallowed.
+
+    The next one may look for what that gives back, and not wait for it.  Without an
+    exception in hand, or a connection that is undecided, there was none.
+    """
+    try:
+        found = followed_connections.get(id(connection_task(request)))
+        connection = None if found is None else found()
+        if connection is None or not internals.is_request(request):
+            return
+        raised_by = connection.raised_by
+        if raised_by is not None and internals.is_same(raised_by, request):
+            # Who has swallowed it is in its traceback, and goes on.
+            follow(raised_by, options)
+        if connection.following:
+            _let_go_of_swallowed(internals.original_of(request))
+    except Exception:
+        complain("taking up a request again")
+
+
+def _let_go_of_swallowed(request: web.BaseRequest) -> None:
+    followed: Optional[FollowedRequest] = request.__dict__.get(FOLLOWED)
+    if followed is not None:
+        followed.let_go_of_swallowed()
 
 
 def follow(
@@ -84,6 +122,7 @@ def follow(
         followed = FollowedRequest(request, connection, task)
         task.add_done_callback(followed.done)
         connection.following += 1
+        settled_connections.discard(connection.key)
         # Last: if one of these fails, nothing may be noted there, for no end comes.
         request.__dict__[FOLLOWED] = followed
         if connection.put_off is not None:
@@ -238,6 +277,7 @@ def _look_soon(
     """Look for a response that was swallowed as soon as its request waits."""
     task = asyncio.current_task()  # its own, or the exception is not put off
     loop = asyncio.get_running_loop()
+    undecided_connections.add(connection.key)
     loop.call_soon(_follow_swallowed, request, task, connection, options)
 
 
@@ -253,6 +293,7 @@ def _follow_swallowed(
     :meth:`FollowedRequest.forget_swallowed`.
     """
     try:
+        undecided_connections.discard(connection.key)
         # Most often it has been answered meanwhile.
         if task is None or task.done() or connection.raised_by is not request:
             return
@@ -295,6 +336,8 @@ def passed(
         if not internals.is_request(request):
             return
         connection = follow_connection(request.task)
+        if connection is not None and connection.following:
+            _let_go_of_swallowed(request)
         if not internals.keeps_nothing(request):
             follow(request, options)
         elif connection is not None and connection.put_off is not None:

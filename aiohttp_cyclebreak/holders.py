@@ -215,32 +215,37 @@ class Holder:
             # In the context of the task: finalizers may ask for its variables.
             loop.call_soon(self.forget_swallowed)
 
-    def forget_swallowed(self) -> None:
+    def let_go_of_swallowed(self) -> bool:
         """Let go of what would be gone without us, since somebody has swallowed it.
 
         Who tries again, or does something else instead, may need what the locals of the
         failed attempt have and give back with them: a lock, a connection of a pool.
+
+        Returns:
+            Whether it was looked for.
         """
+        if not COUNTS_ARE_EXACT or not self._can_forget():
+            return False
+        noted = self.exceptions
+        swallowed = [
+            noted[index]
+            for index in range(max(0, len(noted) - _MOST_LOOKED_AT), len(noted))
+            if would_be_gone(noted, index, _times_noted)
+        ]
+        if swallowed:
+            # With its causes, which may have been noted before it.
+            self._take_out([exc for root in swallowed for exc in graph(root)])
+            self._tell_of_swallowed(swallowed)
+        return True
+
+    def forget_swallowed(self) -> None:
+        """Let go of what was swallowed, and look for it again while there is more."""
         try:
             self.is_looked_at = False
             task = self.task()
-            if (
-                task is None
-                or task.done()  # most often: all is looked at next
-                or not COUNTS_ARE_EXACT
-                or not self._can_forget()
-            ):
+            # Most often it is done: all is looked at next.
+            if task is None or task.done() or not self.let_go_of_swallowed():
                 return
-            noted = self.exceptions
-            swallowed = [
-                noted[index]
-                for index in range(max(0, len(noted) - _MOST_LOOKED_AT), len(noted))
-                if would_be_gone(noted, index, _times_noted)
-            ]
-            if swallowed:
-                # With its causes, which may have been noted before it.
-                self._take_out([exc for root in swallowed for exc in graph(root)])
-                self._tell_of_swallowed(swallowed)
             self._stop_timer()
             if self.exceptions:
                 # It is in an ``except`` block that waits, for one.  The timer does not

@@ -7,8 +7,13 @@ from weakref import WeakSet
 from aiohttp import web
 
 from . import calls, internals
-from .connections import keeping_connections, settled_connections
-from .guard import begin, note, note_http_exception, passed
+from .connections import (
+    keeping_connections,
+    settled_connections,
+    undecided_connections,
+)
+from .guard import begin, begin_again, note, note_http_exception, passed
+from .holders import in_hand
 from .internals import connection_of_plain
 from .options import BreakEvent, Options, is_off, make_options
 from .radar import Radar, Watch, watch_application, watch_of
@@ -205,7 +210,12 @@ def _make_layer(options: Options) -> "Middleware":
     async def cyclebreak_middleware(
         request: web.Request, handler: "Handler"
     ) -> web.StreamResponse:
-        if keeping_connections or calls.are_followed:
+        if (
+            keeping_connections
+            or in_hand
+            or undecided_connections
+            or calls.are_followed
+        ):
             begin(request, options)
         try:
             response = await handler(request)
@@ -253,6 +263,8 @@ def _make_inner_layer(options: Options, outermost: "Middleware") -> "Middleware"
     async def cyclebreak_middleware(
         request: web.Request, handler: "Handler"
     ) -> web.StreamResponse:
+        if in_hand or undecided_connections:
+            begin_again(request, options)
         try:
             return await handler(request)
         except HTTPException as exc:

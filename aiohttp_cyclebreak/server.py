@@ -6,8 +6,13 @@ import aiohttp
 from aiohttp import web
 
 from . import internals
-from .connections import follow_connection, note_parser_error
-from .guard import begin, note, note_http_exception, passed
+from .connections import (
+    follow_connection,
+    note_parser_error,
+    undecided_connections,
+)
+from .guard import begin, begin_again, note, note_http_exception, passed
+from .holders import in_hand
 from .options import BreakEvent, Options, is_off, make_options
 
 if TYPE_CHECKING:
@@ -132,6 +137,10 @@ async def guarded_middleware(
     It is one for all applications, so that each has it once, however many runners
     serve it: the options are those of the one that serves the request.
     """
+    if in_hand or undecided_connections:
+        options = internals.guard_options(request)
+        if options is not None:
+            begin_again(request, options)
     try:
         return await handler(request)
     except web.HTTPException as exc:

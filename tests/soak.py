@@ -37,6 +37,7 @@ CONTAINERS = (
     connections.followed_connections,
     connections.settled_connections,
     connections.keeping_connections,
+    connections.undecided_connections,
     callers._callers,
     holders.in_hand,
     holders.pending,

@@ -696,6 +696,61 @@ def test_what_a_failed_attempt_has_is_given_back_to_the_next(
     assert guard == "bare" or left == 0
 
 
+@pytest.mark.parametrize("guard", ["bare", *GUARDS, "guard_server", "break_cycles"])
+@pytest.mark.parametrize("failure", ["alone", "with a cause", "a response"])
+def test_what_a_failed_attempt_has_is_there_for_one_that_does_not_wait(
+    failure: str, guard: str
+) -> None:
+    """It looks once, and answers otherwise."""
+
+    @web.middleware
+    async def retry(request: web.Request, handler: Any) -> web.StreamResponse:
+        for _ in range(2):
+            with contextlib.suppress(ValueError, KeyError, web.HTTPConflict):
+                return await handler(request)  # type: ignore[no-any-return]
+        return await handler(request)  # type: ignore[no-any-return]
+
+    async def main() -> int:
+        pool = asyncio.Semaphore(1)
+
+        async def fail(request: web.Request) -> web.Response:
+            attempts.append(request.path)
+            if pool.locked():
+                raise web.HTTPServiceUnavailable
+            await pool.acquire()  # which does not wait
+            lent = Lent(pool)
+            if len(attempts) == 3:
+                return web.Response()
+            if failure == "a response":
+                raise web.HTTPConflict
+            try:
+                lent.fail()
+            except ValueError as exc:
+                if failure == "with a cause":
+                    raise KeyError(request.path) from exc
+                raise
+            raise AssertionError
+
+        attempts: List[str] = []
+        app = application(retry)
+        app.router.add_get("/fail", break_cycles(fail) if "break" in guard else fail)
+        if guard in GUARDS:
+            GUARDS[guard](app)
+        guards_runner = [guard_server] if guard == "guard_server" else []
+        with no_collector():
+            before = len(alive())
+            async with serve(app, *guards_runner) as service:
+                for _ in range(3):
+                    assert (await service.ask("/fail"))[0] == 200
+                    assert len(attempts) == 3
+                    attempts.clear()
+                await service.settle()
+            return len(alive()) - before
+
+    left = run(main())
+    assert guard == "bare" or left == 0
+
+
 @pytest.mark.parametrize("guard", ["bare", *GUARDS, "radar"])
 def test_what_several_requests_have_swallowed_goes_while_they_go_on(
     guard: str,
