@@ -120,7 +120,8 @@ def follow(
             if original is not request:
                 return follow(original, options)
         followed = FollowedRequest(request, connection, task)
-        task.add_done_callback(followed.done)
+        # In its context, not in a copy of that: a finalizer may reset its variables.
+        task.add_done_callback(followed.done, context=internals.context_of(task))
         connection.following += 1
         settled_connections.discard(connection.key)
         # Last: if one of these fails, nothing may be noted there, for no end comes.
@@ -267,7 +268,8 @@ def _ask_in_the_end(request: web.BaseRequest, connection: Connection) -> bool:
     if task is None:
         return False
     connection.asked = request
-    task.add_done_callback(Asked(request, connection).done)
+    context = internals.context_of(task)  # as in follow()
+    task.add_done_callback(Asked(request, connection).done, context=context)
     return True
 
 

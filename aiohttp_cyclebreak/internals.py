@@ -41,6 +41,7 @@ __all__ = (
     "connection_of_response",
     "connection_of_upload",
     "connection_task",
+    "context_of",
     "error_of",
     "error_of_call",
     "error_of_last_attempt",
@@ -229,6 +230,25 @@ def outcome_of(task: "asyncio.Future[Any]") -> Any:
     """
     error = getattr(task, "_exception", None)
     return getattr(task, "_result", None) if error is None else error
+
+
+def context_of(task: "asyncio.Future[Any]") -> Optional[Context]:
+    """The context that a task runs in: that itself, where others get a copy.
+
+    asyncio: ``Task.get_context()`` from CPython 3.12 on.  Before, what a task in C
+    holds, ahead of its callbacks' contexts, or ``Task._context`` of one in Python.
+
+    Returns:
+        The context; None, which asyncio takes for a copy of the current one: it is not
+        known.
+    """
+    get_context = getattr(task, "get_context", None)
+    if get_context is not None:
+        return get_context()  # type: ignore[no-any-return]
+    for each in gc.get_referents(task):
+        if type(each) is Context:
+            return each
+    return getattr(task, "_context", None)
 
 
 def error_of(task: "asyncio.Future[Any]") -> Optional[BaseException]:

@@ -70,7 +70,8 @@ def _end_once_told(
     if internals.is_awaited(owner.request, task):
         # A task that was started eagerly calls this before it wakes the connection's
         # task, which may log the exception then.
-        task.get_loop().call_soon(owner.end, task)
+        context = internals.context_of(task)
+        task.get_loop().call_soon(owner.end, task, context=context)
     else:
         owner.end(task)
 

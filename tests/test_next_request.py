@@ -925,6 +925,72 @@ def test_what_a_handler_leaves_open_is_closed_in_its_context(
     assert found == ["/fail"] * 2
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("guard", ["bare", *GUARDS, "guard_server", "break_cycles"])
+@pytest.mark.parametrize("failure", ["alone", "with a cause", "a response"])
+@pytest.mark.parametrize("end", ["raised", "swallowed", "tried again"])
+def test_what_a_handler_leaves_open_resets_the_variables_of_its_request(
+    end: str, failure: str, guard: str, loop: str
+) -> None:
+    """It cannot in a copy of that context: a span would not end, for one."""
+    if (end, failure) == ("raised", "a response"):
+        pytest.skip("bare that is left to the collector, in the context of anybody")
+    found: List[str] = []
+
+    def rows() -> Any:
+        token = _served.set("rows")
+        try:
+            yield
+        finally:
+            try:
+                _served.reset(token)
+            except ValueError:  # which only unraisablehook would be told of
+                found.append("in another context")
+            else:
+                found.append(_served.get())
+
+    async def fail(request: web.Request) -> web.Response:
+        _served.set(request.path)
+        opened = rows()  # or a loop would close it
+        for _ in opened:
+            if failure == "a response":
+                raise web.HTTPConflict
+            try:
+                raise ValueError
+            except ValueError as exc:
+                if failure == "with a cause":
+                    raise KeyError(request.path) from exc
+                raise
+        raise AssertionError
+
+    @web.middleware
+    async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
+        for attempt in (1, 2):
+            try:
+                return await handler(request)  # type: ignore[no-any-return]
+            except (ValueError, KeyError, web.HTTPConflict):
+                if end == "raised":
+                    raise
+            if attempt == 2 or end == "swallowed":
+                break
+        return web.Response(status=500)
+
+    async def main() -> None:
+        app = application(swallow)
+        app.router.add_get("/fail", break_cycles(fail) if "break" in guard else fail)
+        if guard in GUARDS:
+            GUARDS[guard](app)
+        guards_runner = [guard_server] if guard == "guard_server" else []
+        with no_collector():
+            async with serve(app, *guards_runner) as service:
+                for _ in range(2):
+                    assert (await service.ask("/fail"))[0] == 500
+                await service.settle()
+
+    run(main(), loop)
+    assert found == ["/fail"] * (4 if end == "tried again" else 2)
+
+
 @pytest.mark.parametrize("guard", GUARDS)
 def test_a_response_that_a_task_has_in_hand_later_goes_with_that(guard: str) -> None:
     """The connection has gone on in between, and keeps it until then."""
