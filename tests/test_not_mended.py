@@ -129,6 +129,40 @@ def test_locals_that_somebody_keeps_to_evaluate_an_expression(guard: str) -> Non
     assert ("answer" not in names) is is_empty
 
 
+@pytest.mark.parametrize("guard", ["bare", *GUARDS])
+def test_the_hint_of_a_name_error_that_is_formatted_late(guard: str) -> None:
+    """From CPython 3.12 on it is looked for then, among the locals."""
+    kept: List[NameError] = []
+
+    async def fail(request: web.Request) -> web.Response:
+        message = request.path  # noqa: F841
+        return web.Response(text=messages)  # type: ignore[name-defined] # noqa: F821
+
+    @web.middleware
+    async def keep(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except NameError as exc:
+            kept.append(exc)
+            raise
+
+    async def main() -> None:
+        app = application(keep)
+        app.router.add_get("/fail", fail)
+        if guard != "bare":
+            GUARDS[guard](app)
+        async with serve(app) as service:
+            assert (await service.ask("/fail"))[0] == 500
+            await service.settle()
+
+    run(main())
+    exc = kept.pop()  # it leads to the application, which has the list
+    lines = traceback.format_exception(NameError, exc, exc.__traceback__)
+    assert "in fail" in "".join(lines)
+    has_hint = guard == "bare" and sys.version_info >= (3, 12)
+    assert ("Did you mean: 'message'?" in lines[-1]) is has_hint
+
+
 def _keep(exc: Exception) -> Any:
     return exc
 
