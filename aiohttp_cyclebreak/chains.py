@@ -282,6 +282,7 @@ class _Search:
         self._holders: List[List[int]] = []  # who holds it
         self._held: List[List[int]] = []  # what it holds, of these objects
         self._counted: List[int] = []  # the references that were met
+        self._asked: Set[int] = set()  # of whom the holders are known
         self._live: Dict[int, _Root] = {}  # roots, and those that they hold
         self._roots: Dict[int, _Root] = {}
         self._modules = {
@@ -291,10 +292,11 @@ class _Search:
         }
         self._ignored: Set[int] = set()
         # The collector sees what a task holds, but gc.get_referrers() does not: in C,
-        # its base class is asked and the answer dropped (TaskObj_traverse()).
-        self._tasks: List[Any] = []
-        self._of_tasks: Dict[int, List[int]] = {}
-        self._never = {id(self._objects), id(self._tasks), id(gc.garbage)}
+        # its base class is asked and the answer dropped (TaskObj_traverse()).  From
+        # CPython 3.12 on so it is with the attributes of any future.
+        self._futures: List[Any] = []
+        self._of_futures: Dict[int, List[int]] = {}
+        self._never = {id(self._objects), id(self._futures), id(gc.garbage)}
         self._never.update(id(each) for each in ignore)
         self._frames: Dict[int, _Root] = {}  # by the id of a variable's value
         self._running: Set[int] = set()
@@ -307,7 +309,7 @@ class _Search:
     def forget(self) -> None:
         """Let go of every object."""
         self._objects.clear()
-        self._tasks.clear()
+        self._futures.clear()
 
     # What runs.
 
@@ -355,10 +357,10 @@ class _Search:
 
     def run(self) -> None:
         """Look at the holders, and theirs, until it is known who is alive."""
-        self._tasks += [
-            each for each in gc.get_objects() if issubclass(type(each), asyncio.Task)
+        self._futures += [
+            each for each in gc.get_objects() if issubclass(type(each), asyncio.Future)
         ]
-        self._look_at_tasks(0, len(self._tasks))
+        self._look_at_futures(0, len(self._futures))
         for _ in self._look_from_targets(_CHUNK):
             pass
         if not self._late:
@@ -370,9 +372,9 @@ class _Search:
         What only such a pass in Python would find is not looked for.
         """
         self._pauses = True
-        self._tasks += internals.all_tasks()
-        for start in range(0, len(self._tasks), _SLICE):
-            self._look_at_tasks(start, start + _SLICE)
+        self._futures += internals.all_tasks()
+        for start in range(0, len(self._futures), _SLICE):
+            self._look_at_futures(start, start + _SLICE)
             yield
             self._look_at_frames()
         for _ in self._look_from_targets(_SMALL_CHUNK):
@@ -384,29 +386,24 @@ class _Search:
         self._late = True
         self._spread()
 
-    def _look_at_tasks(self, start: int, end: int) -> None:
-        for position, task in enumerate(self._tasks[start:end], start):
-            for each in gc.get_referents(task):
-                self._of_tasks.setdefault(id(each), []).append(position)
+    def _look_at_futures(self, start: int, end: int) -> None:
+        for position, future in enumerate(self._futures[start:end], start):
+            for each in gc.get_referents(future):
+                self._of_futures.setdefault(id(each), []).append(position)
 
     def _look_from_targets(self, chunk: int) -> Iterator[None]:
-        frontier = list(range(self._targets))
-        for index in frontier:
+        for index in range(self._targets):
             self._look_for_root(index)
-        yield from self._look_from(frontier, chunk)
-
-    def _look_from(self, frontier: List[int], chunk: int) -> Iterator[None]:
-        while frontier and not self._late:
-            found: List[int] = []
-            needed = self._needed()
-            frontier = [each for each in frontier if each in needed]
+        while not self._late:
+            # Among them what was not needed when it was found, but is by now.
+            frontier = sorted(self._needed() - self._asked, key=self._order)
+            if not frontier:
+                break
             for start in range(0, len(frontier), chunk):
                 if self._is_late():
                     break
-                found += self._look_behind(frontier[start : start + chunk])
+                self._look_behind(frontier[start : start + chunk])
                 yield
-            found.sort(key=self._order)
-            frontier = found
             self._spread()
 
     def _is_late(self) -> bool:
@@ -427,18 +424,19 @@ class _Search:
                     walk.append(holder)
         return needed
 
-    def _look_behind(self, frontier: List[int]) -> List[int]:
+    def _look_behind(self, frontier: List[int]) -> None:
+        self._asked.update(frontier)
         holders = {
-            id(self._tasks[position]): self._tasks[position]
+            id(self._futures[position]): self._futures[position]
             for each in frontier
-            for position in self._of_tasks.get(id(self._objects[each]), ())
+            for position in self._of_futures.get(id(self._objects[each]), ())
         }
         self._ignored.add(id(holders))
         asked = tuple([self._objects[each] for each in frontier])
         for holder in self._some(gc.get_referrers(*asked)):
             if holder is not asked:
                 holders[id(holder)] = holder
-        return self._note(holders.values(), frontier)
+        self._note(holders.values(), frontier)
 
     def _some(self, holders: List[Any]) -> List[Any]:
         """Those of many that end the search, and as many others as may be met."""
@@ -450,8 +448,8 @@ class _Search:
         first = islice(compress(holders, are_roots), self._most)
         return [*first, *islice(holders, self._most)]
 
-    def _note(self, holders: Iterable[Any], frontier: Iterable[int]) -> List[int]:
-        """Note who holds what; give those that are new."""
+    def _note(self, holders: Iterable[Any], frontier: Iterable[int]) -> None:
+        """Note who holds what."""
         ids = {id(self._objects[each]): each for each in frontier}
         known = len(self._objects)
         for holder in holders:
@@ -466,10 +464,8 @@ class _Search:
             self._held[index] += held
             for noted in held:
                 self._holders[noted].append(index)
-        found = list(range(known, len(self._objects)))
-        for index in found:
+        for index in range(known, len(self._objects)):
             self._look_for_root(index)
-        return found
 
     def _is_ignored(self, holder: Any) -> bool:
         kind = type(holder)
@@ -520,15 +516,9 @@ class _Search:
         """See who is held by what ``gc.get_referrers()`` does not show."""
         if not COUNTS_ARE_EXACT or _is_frozen():
             return
-        missing = self._missing()
-        if missing:
-            # It does not find all that the collector sees: see above.
-            for _ in self._look_from(self._look_through_all(missing), _CHUNK):
-                pass
-        if not self._late:
-            for index in self._missing():
-                self._roots[index] = self._live[index] = _Root("live", _OUTSIDE)
-            self._spread()
+        for index in self._missing():
+            self._roots[index] = self._live[index] = _Root("live", _OUTSIDE)
+        self._spread()
 
     def _missing(self) -> List[int]:
         """The objects to which there are more references than were met."""
@@ -546,22 +536,6 @@ class _Search:
         kind = type(self._objects[index])
         is_one = any(kind is each for each in _PASSING)
         return is_one and not self._holders[index]
-
-    def _look_through_all(self, missing: List[int]) -> List[int]:
-        """Ask every object what it holds, which takes its time."""
-        ids = {id(self._objects[index]) for index in missing}
-        holders: List[Any] = []
-        everything = gc.get_objects()
-        self._ignored.update((id(everything), id(holders)))
-        for each in everything:
-            if not ids.isdisjoint(map(id, _referents(each))):
-                if id(each) not in (id(holders), id(ids)):
-                    holders.append(each)
-            if self._is_late():
-                return []
-        for index in missing:
-            self._counted[index] = 0
-        return self._note(holders, missing)
 
     def _order(self, index: int) -> Tuple[str, ...]:
         return described(self._objects[index], self._modules)[0], str(index).zfill(9)
@@ -623,6 +597,7 @@ class _Search:
 
     def _still_leads(self, path: List[int]) -> bool:
         """Whether each of these still holds the next, after what ran in the pauses."""
+        # To tell another chain may have moved attributes from an object into its dict.
         return not self._pauses or all(
             id(self._objects[held]) in map(id, _referents(self._objects[holder]))
             for holder, held in zip(path, path[1:])

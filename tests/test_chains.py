@@ -27,6 +27,7 @@ from .service import AIOHTTP, run, serve
 pytestmark = pytest.mark.usefixtures("few_objects")
 
 KEPT: List[Any] = []
+GLOBAL: Any = None
 SECRET = "a secret value"
 
 
@@ -316,6 +317,21 @@ def test_a_finished_task() -> None:
         "list",
         "Target",
     ]
+
+
+def test_an_attribute_of_a_future() -> None:
+    """That is seen too, which get_referrers() misses from CPython 3.12 on."""
+    target = Target()
+
+    async def main() -> None:
+        future: Any = asyncio.get_running_loop().create_future()
+        future.link = target
+        KEPT.append(future)
+
+    run(main())
+    chain = found(target)
+    assert chain.kind == "permanent"
+    assert chain.links[2].type.endswith("Future")
 
 
 @contextlib.contextmanager
@@ -725,6 +741,19 @@ def test_several_at_once() -> None:
         "permanent",
     ]
     cyclic.link = None
+
+
+def test_one_holder_of_two() -> None:
+    """It is needed no more once the one is known to live, and then for the other."""
+    global GLOBAL
+    GLOBAL, other = Target(), Target()
+    between = [other]
+    holder = [GLOBAL, between]
+    KEPT.append([holder])
+    del between, holder
+    told = chains([GLOBAL, other], ignore=[sys._getframe()])
+    GLOBAL = None
+    assert [len(chain.links) for chain in told if chain] == [2, 6]
 
 
 # What the catalogue's leaks come down to, where that is not the leak itself: the
