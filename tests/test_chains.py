@@ -185,6 +185,7 @@ def test_a_cycle_through_the_target() -> None:
     chain = found(target)
     assert chain.kind == "delayed"
     assert chain.links == chain.cycle[-1:]
+    assert "leads on" not in str(chain)
     assert [link.type for link in chain.cycle] == [
         f"{__name__}.Target",
         "dict",
@@ -208,6 +209,7 @@ def test_a_cycle_that_leads_to_the_target() -> None:
     assert chain.cycle[0].type == chain.cycle[-1].type
     assert chain.links[0].type == chain.cycle[0].type
     assert chain.links[-1].type == f"{__name__}.Target"
+    assert "leads on to it:\n    list: index 1" in str(chain)
 
 
 def make_cycle(target: Target) -> None:
@@ -332,6 +334,20 @@ def test_an_attribute_of_a_future() -> None:
     chain = found(target)
     assert chain.kind == "permanent"
     assert chain.links[2].type.endswith("Future")
+
+
+def test_code_of_a_module_that_runs() -> None:
+    """Its variables are those of the module, and it is not over with the code."""
+    module = ModuleType("module_of_a_script")
+    namespace: Any = vars(module)
+    namespace["shortest_chain"] = shortest_chain
+    sys.modules[module.__name__] = module
+    try:
+        exec("target = [1]; chain = shortest_chain(target)", namespace)
+    finally:
+        del sys.modules[module.__name__]
+    assert namespace["chain"].kind == "permanent"
+    assert namespace["chain"].links[0].type == "module module_of_a_script"
 
 
 @contextlib.contextmanager
@@ -690,6 +706,34 @@ def test_a_popular_holder() -> None:
     assert max(lines) < many
 
 
+def owned(kind: str, owners: "List[weakref.ref[Target]]") -> Target:
+    owner = Target()
+    owner.other = Target()
+    owners.append(weakref.ref(owner))
+    if kind == "delayed":
+        owner.link = owner
+    else:
+        KEPT.append(owner)
+    return owner.other  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("kind", ["permanent", "delayed"])
+def test_what_ends_while_it_is_looked_for(kind: str, ends: bool) -> None:
+    """In the pauses of a search: what was seen to hold it does so no more."""
+    owners: List[weakref.ref[Target]] = []
+    looking = Looking(owned(kind, owners), most=1000)
+    while looking.step():
+        pass
+    owner: Any = owners[0]()
+    if ends:
+        owner.other = None
+    chain = looking.chain()
+    looking.end()
+    assert chain is not None
+    assert chain.kind == ("unknown" if ends else kind)
+
+
 def test_frozen() -> None:
     """What gc.freeze() hides may be a holder: no verdict is given without it."""
     target = Target()
@@ -699,6 +743,9 @@ def test_frozen() -> None:
         fresh = Target()
         fresh.link = [fresh]
         assert found(fresh).kind == "unknown"
+        held = Target()
+        KEPT.append([held])
+        assert found(held).kind == "unknown"
     finally:
         gc.unfreeze()
     assert found(fresh).kind == "delayed"
@@ -741,6 +788,20 @@ def test_several_at_once() -> None:
         "permanent",
     ]
     cyclic.link = None
+
+
+def test_one_that_holds_another() -> None:
+    """The chain of the other leads through it, and begins where that of both does."""
+    first, second = Target(), Target()
+    first.link = second
+    KEPT.append(first)
+    one, other = chains([first, second], ignore=[sys._getframe()])
+    assert one is not None
+    assert other is not None
+    assert [link.type for link in other.links[:2]] == [
+        link.type for link in one.links[:2]
+    ]
+    assert other.links[-2].holds == "attribute 'link'"
 
 
 def test_one_holder_of_two() -> None:
