@@ -48,7 +48,6 @@ from .naming import (
     is_dict_of,
     is_of,
     is_resumable,
-    items_of,
     local_name,
     values_of,
     variables_of,
@@ -70,7 +69,6 @@ _RUNNERS = (
 )
 # asyncio's own frames: the event loop that they run is a holder, they are not.
 _MACHINERY = (*_RUNNERS, __package__, "asyncio", "uvloop", "unittest", "threading")
-_LAST_ERROR = {"last_exc", "last_type", "last_value", "last_traceback"}
 # A running function holds these to pass arguments, or to go through a loop.
 _PASSING = (tuple, enumerate, zip, map)
 _CHUNK = 64  # objects a call of gc.get_referrers(), which compares with each
@@ -483,25 +481,14 @@ class _Search:
     def _look_for_root(self, index: int) -> None:
         each = self._objects[index]
         root = None
-        name = self._modules.get(id(each))
-        if name is not None or type(each) is ModuleType:
-            if name != "sys" or self._holds_more_than_the_last_error(index):
-                root = _Root("permanent")
+        if id(each) in self._modules or type(each) is ModuleType:
+            root = _Root("permanent")
         elif id(each) in self._frames:
             root = self._frames[id(each)]
         elif id(each) in self._running or _is_open_loop(each):
             root = _Root("live")
         if root is not None:
             self._roots[index] = self._live[index] = root
-
-    def _holds_more_than_the_last_error(self, index: int) -> bool:
-        namespace = self._objects[index]
-        return any(
-            value is self._objects[held]
-            for name, value in items_of(namespace)
-            if name not in _LAST_ERROR
-            for held in self._held[index]
-        )
 
     def _spread(self) -> None:
         """What a live object holds is alive."""

@@ -46,7 +46,6 @@ __all__ = (
     "is_dict_of",
     "is_of",
     "is_resumable",
-    "items_of",
     "local_name",
     "values_of",
     "variables_of",
@@ -195,7 +194,7 @@ def is_dict_of(each: Any, owner: Any) -> bool:
     return _dict_of(owner) is each
 
 
-def items_of(namespace: Dict[Any, Any]) -> Iterator[Tuple[Any, Any]]:
+def _items(namespace: Dict[Any, Any]) -> Iterator[Tuple[Any, Any]]:
     """The items of a dict, read in one step: another thread may change it."""
     # Not list(dict.items()): making a million tuples runs the collector, and that
     # runs the application's finalizers.
@@ -205,7 +204,7 @@ def items_of(namespace: Dict[Any, Any]) -> Iterator[Tuple[Any, Any]]:
 
 
 def _key(namespace: Optional[Dict[Any, Any]], held: Any) -> Any:
-    for key, value in items_of(namespace or {}):
+    for key, value in _items(namespace or {}):
         if value is held:
             return key
     return None
@@ -339,7 +338,7 @@ def how_held(holder: Any, held: Any) -> str:
 
 
 def _how_dict(holder: Any, held: Any) -> str:
-    for key, value in items_of(holder):
+    for key, value in _items(holder):
         if value is held:
             return f"value of a key of type {type_name(type(key))}"
         if key is held:

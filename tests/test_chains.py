@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import probe, setup
+from aiohttp_cyclebreak import naming, probe, setup
 from aiohttp_cyclebreak.chains import Chain, Looking, chains, shortest_chain
 from aiohttp_cyclebreak.frames import COUNTS_ARE_EXACT
 from aiohttp_cyclebreak.leaks import CATALOGUE, Kind, Leak
@@ -589,6 +589,9 @@ def test_holders_that_fight_back() -> None:
         KEPT.clear()
 
 
+WALKING = {each.__name__ for each in (naming._items, naming._key, naming._how_dict)}
+
+
 @pytest.mark.parametrize("by", ["trace", "collector"])
 def test_what_is_changed_while_it_is_told(by: str) -> None:
     """As by another thread; here by a trace function, or by what is collected."""
@@ -598,15 +601,15 @@ def test_what_is_changed_while_it_is_told(by: str) -> None:
             each[f"new_{len(each)}"] = None
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
-        if frame.f_globals["__name__"] != shortest_chain.__module__:
+        if frame.f_globals["__name__"] != naming.__name__:
             return None
-        if frame.f_code.co_name in ("_items", "_key", "_how", "_how_dict"):
+        if frame.f_code.co_name in WALKING:
             change()
         return trace
 
     def collected(phase: str, _: Any) -> None:
         caller: Any = sys._getframe(1)
-        if caller.f_code.co_name in ("_items", "_key", "_how", "_how_dict"):
+        if caller.f_code.co_name in WALKING:
             change()
 
     target, owner = Target(), Target()
@@ -631,6 +634,7 @@ def test_what_is_changed_while_it_is_told(by: str) -> None:
         gc.callbacks[:] = [each for each in gc.callbacks if each is not collected]
         for each in set(globals()) - before:
             del globals()[each]
+    assert len(cache) > 5001
     assert told.kind == "permanent"
     assert [link.holds for link in told.links[:-1]] == [
         "global 'KEPT'",
