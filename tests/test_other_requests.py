@@ -768,6 +768,30 @@ def test_a_thread_that_goes_on_keeps_no_requests(install: str, stays: bool) -> N
     assert closed <= 2  # the thread may have been in its except block still
 
 
+def test_what_is_left_over_is_not_held_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With many tasks a look waits for more to look at, but no longer than that."""
+    monkeypatch.setattr(holders, "_SOON", 0)
+
+    async def main() -> None:
+        tasks = [asyncio.ensure_future(asyncio.sleep(3600)) for _ in range(32)]
+        holders.leave([ConnectionError()])
+        await spin()
+        marker = Down()
+        gone = weakref.ref(marker)
+        holders.leave([ConnectionError(marker)])
+        del marker
+        assert gone() is not None  # no weak reference can be made of that
+        await spin()
+        assert gone() is None
+        for each in tasks:
+            each.cancel()
+        await asyncio.wait(tasks)
+
+    run(main())
+
+
 def test_what_is_kept_is_left_alone_by_who_looks_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -308,6 +308,16 @@ def test_a_request_that_goes_during_the_search_is_no_news() -> None:
     assert messages[0].endswith("the garbage collector knows of any more.")
 
 
+def test_a_request_that_is_gone_before_the_search() -> None:
+    """There is nothing to look for, and that is no failure."""
+
+    class Gone:
+        pass
+
+    reference: Any = ref(Gone())
+    assert run(Watch(BY_HAND)._explain(reference)) == "gone by now."
+
+
 async def _open_stream(service: Service, path: str) -> Any:
     client = await service.connect()
     await client.get(path)
@@ -498,6 +508,31 @@ def test_a_request_whose_exception_another_one_has_is_not_reported() -> None:
     with logged() as messages:
         run(main())
     assert messages == []
+
+
+def test_a_request_that_is_no_longer_kept_is_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The guard has let go of it, and something else has not."""
+    kept: Set[int] = set()
+    monkeypatch.setattr(radar, "kept_requests", lambda: kept)
+
+    async def main() -> List[Dict[str, int]]:
+        leaks = Leaks()
+        app = application(leaks.in_a_list)
+        async with serve(app) as service:
+            await service.ask("/in_a_list/x")
+            await closed(service)
+            found = [(await look(app)).overdue]
+            kept.update(map(id, alive(web.Request)))
+            found.append((await look(app, 31.0)).overdue)
+            kept.clear()
+            for later in (32.0, 63.0):
+                found.append((await look(app, later)).overdue)
+        return found
+
+    with logged():
+        assert run(main()) == [{}, {}, {}, {"/in_a_list/{secret}": 1}]
 
 
 def test_connections_are_asked_once_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -692,6 +727,29 @@ def test_what_is_remembered_is_bounded() -> None:
         most = max(most, len(watch._unsettled))
     assert most <= radar._MANY + 1
     assert watch.stats(0.0).alive == 100
+
+
+def test_what_is_forgotten_during_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two slices there is load, and then there are fewer to look at."""
+
+    class Gone:
+        pass
+
+    monkeypatch.setattr(radar, "_SLICE", 1)
+    monkeypatch.setattr(radar, "_MANY", 0)
+    watch = Watch(Radar())
+    many = [Gone() for _ in range(10)]
+    watch._many = 10
+    for each in many:
+        watch.add(each)  # type: ignore[arg-type]
+    many.clear()
+    del each
+    looking = watch._sweep(0.0)
+    next(looking)
+    watch._many = 0
+    watch.add(Gone())  # type: ignore[arg-type]
+    assert len(watch._unsettled) == 1
+    assert len(list(looking)) < 9
 
 
 def test_names_are_bounded() -> None:
