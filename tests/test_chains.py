@@ -668,13 +668,24 @@ def test_applications_come_first() -> None:
     assert "localhost" not in str(chain)
 
 
+def test_an_application_that_is_garbage() -> None:
+    """It is in reference cycles of its own, and holds nothing for good."""
+    key: Any = "kept" if AIOHTTP < (3, 9) else web.AppKey("kept", list)
+    target, app = Target(), web.Application()
+    app[key] = [target]
+    del app
+    chain = found(target)
+    assert chain.kind == "delayed"
+    assert chain.links[0].type.endswith("Application")
+
+
 def test_out_of_time() -> None:
     """What was found so far is told, and that it was not enough."""
     target = Target()
     KEPT.append([target])
     chain = found(target, budget=0.0)
     assert chain.kind == "unknown"
-    assert chain.links[-1].type == f"{__name__}.Target"
+    assert [link.type for link in chain.links] == [f"{__name__}.Target"]
 
 
 def test_a_popular_holder() -> None:
