@@ -686,6 +686,7 @@ def test_out_of_time() -> None:
     chain = found(target, budget=0.0)
     assert chain.kind == "unknown"
     assert [link.type for link in chain.links] == [f"{__name__}.Target"]
+    assert found(target, budget=60.0).kind == "permanent"
 
 
 def test_a_popular_holder() -> None:
