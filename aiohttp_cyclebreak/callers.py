@@ -19,6 +19,7 @@ __all__ = (
     "note_failed_call",
     "note_last_attempt",
     "note_successful_call",
+    "note_upload",
 )
 
 # By the id of its task; as followed_connections, it keeps nothing alive.
@@ -89,8 +90,7 @@ class _Caller(Holder):
             self._stop_timer()
 
 
-def _current_caller() -> Optional[_Caller]:
-    task = asyncio.current_task()
+def _caller_of(task: "Optional[asyncio.Task[Any]]") -> Optional[_Caller]:
     if task is None:
         return None
     key = id(task)
@@ -118,7 +118,7 @@ def note_call(made_with: Any) -> None:
             if serving.add(made_with):
                 _look_for_errors(serving)
             return
-        caller = _current_caller()
+        caller = _caller_of(asyncio.current_task())
         if caller is None:
             return
         if caller.calls.add(made_with):
@@ -160,20 +160,28 @@ def _look_for_errors(serving: Serving) -> None:
             followed.note_by(error, task)
 
 
-def note_failed_call(exc: BaseException) -> None:
-    """Remember the exception of an outgoing call; nothing about it changes yet."""
+def note_failed_call(
+    exc: BaseException, task: "Optional[asyncio.Task[Any]]" = None
+) -> None:
+    """Remember the exception of an outgoing call; nothing about it changes yet.
+
+    Args:
+        exc: that.
+        task: the one that called; None: the current one.
+    """
     if type(exc) is GeneratorExit:
         return
     try:
         serving = calls.current.get()
         request = None if serving is None or serving.over else serving.request()
         followed = None if request is None else follow(request, None)
-        task = asyncio.current_task()
+        if task is None:
+            task = asyncio.current_task()
         if followed is not None and task is not None:
             followed.note_by(exc, task)
             return
         # Outside of any request, or it is not known any more which task handles it.
-        caller = _current_caller()
+        caller = _caller_of(task)
         if caller is not None:
             caller.note_errors()
             caller.note(exc)
@@ -181,6 +189,37 @@ def note_failed_call(exc: BaseException) -> None:
             caller.look_soon()
     except Exception:
         complain("noting a failed call")
+
+
+def note_upload(response: Any) -> None:
+    """Have it noted if a call that is answered already fails to send its body.
+
+    Args:
+        response: the answer.
+    """
+    try:
+        upload = internals.upload_of(response)
+        task = asyncio.current_task()
+        if upload is not None and task is not None:
+            # No other call is given the connection before that has ended.
+            sends, protocol = upload
+            sends.add_done_callback(partial(_upload_ended, ref(protocol), ref(task)))
+    except Exception:
+        complain("noting an upload")
+
+
+def _upload_ended(
+    protocol: "ref[Any]",
+    caller: "ref[asyncio.Task[Any]]",
+    sends: "asyncio.Future[None]",
+) -> None:
+    try:
+        task = caller()
+        error = internals.error_of_call(protocol())
+        if error is not None and task is not None:
+            note_failed_call(error, task)
+    except Exception:
+        complain("noting an upload")
 
 
 def note_last_attempt() -> None:

@@ -11,6 +11,7 @@ from .callers import (
     note_failed_call,
     note_last_attempt,
     note_successful_call,
+    note_upload,
 )
 from .options import is_off
 
@@ -103,6 +104,7 @@ async def _ended(
         if is_over and internals.RELEASED_HAVE_ONE_ERROR:
             note_successful_call()
             return
+        note_upload(response)
     note_call(response)
 
 

@@ -83,6 +83,7 @@ __all__ = (
     "route_of",
     "subapps",
     "take_off",
+    "upload_of",
 )
 
 
@@ -1083,6 +1084,26 @@ def error_of_call(made_with: Any) -> Optional[BaseException]:
     """
     content = getattr(made_with, "content", None)  # None until the headers have come
     return _first_error((made_with, content, getattr(made_with, "_reader", None)))
+
+
+def upload_of(
+    response: aiohttp.ClientResponse,
+) -> "Optional[Tuple[asyncio.Task[None], Any]]":
+    """The task that still sends the body of a call which is answered already, if any.
+
+    If it fails, nobody is told: the connection's protocol has the exception, on some
+    releases only until it is closed.
+
+    aiohttp: ``ClientResponse._writer``, 3.8 to 3.14.
+
+    Returns:
+        The task and the protocol.
+    """
+    writer = getattr(response, "_writer", None)
+    if not isinstance(writer, asyncio.Task) or writer.done():
+        return None
+    protocol = getattr(response.connection, "protocol", None)
+    return None if protocol is None else (writer, protocol)
 
 
 # One for all responses that are released; up to 3.10.8 each has one of its own.

@@ -1971,6 +1971,61 @@ def test_a_call_that_fails_for_an_upload_is_stopped_too(loop: str) -> None:
         pytest.skip(f"aiohttp {aiohttp.__version__} keeps none")
 
 
+class AnswersEarly(Upstream):
+    """Sends the headers before the upload has come, and later half of the body."""
+
+    def __init__(self) -> None:
+        super().__init__([HALF])
+        self.upload_fails = threading.Event()
+
+    def answer(self, client: socket.socket, answer: Optional[bytes]) -> bool:
+        path_asked_of(client)
+        headers, _, half = HALF.rpartition(b"\r\n")
+        client.sendall(headers + b"\r\n")
+        self.upload_fails.wait(10)
+        client.sendall(half)
+        return True
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_upload_that_fails_once_the_headers_have_come(loop: str) -> None:
+    """The connection keeps that exception, and the body one of its own."""
+    upstream = AnswersEarly()
+
+    async def handle(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> web.Response:
+        has_come = asyncio.Event()
+        failed = asyncio.Event()
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield request.path.encode()
+            await has_come.wait()
+            failed.set()
+            raise LookupError
+
+        upstream.upload_fails.clear()
+        try:
+            async with session.post(url, data=chunks()) as response:
+                has_come.set()
+                await failed.wait()
+                await spin()
+                upstream.upload_fails.set()
+                await response.read()
+        except FAILURES as exc:
+            return web.Response(status=502, text=type(exc).__name__)
+        raise AssertionError
+
+    async def main(guarded: bool) -> int:
+        async with gateway(handle, upstream, guarded=guarded) as fixture:
+            assert await fixture.ask() == (502, "ClientPayloadError")
+            return (await count_left(fixture))["BaseRequest"]
+
+    assert run(main(False), loop) == 4
+    upstream = AnswersEarly()
+    assert run(main(True), loop) == 0
+
+
 async def read_and_swallow(
     request: web.Request, session: aiohttp.ClientSession, url: str
 ) -> web.Response:
