@@ -240,6 +240,8 @@ class FollowedRequest(Holder):
                     self.exceptions = []
                 if self.exceptions and not dropped:
                     self._sever(self.exceptions, _emptied_by(connection), task=task)
+                elif self.calls:
+                    self._keep_error_of(task, ())
                 self._release(task)
                 if dropped or internals.has_read_body(self.request):
                     looks_again = _look_again_soon(
@@ -339,7 +341,8 @@ class FollowedRequest(Holder):
         It does after all middlewares, of a handler that has failed when its response
         was begun.  The connection's task is told of it next, may log it, and ends.  It
         would go by itself; but where a task factory wraps all tasks, the wrapper's
-        frame may have the task, which has the exception.
+        frame may have the task, which has the exception.  So may the frames of a call
+        that takes too long, whose body is read to be the answer's.
         """
         error = internals.error_of(task)
         if error is None or any(error is each for each in self.exceptions):

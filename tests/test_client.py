@@ -1546,6 +1546,19 @@ def test_keep_cycles_is_of_a_stream_of_failing_calls_too(keeps: bool) -> None:
     assert sum(map(markers_in, kept)) == (number if keeps else 0)
 
 
+class BrokenOff(Fixture):
+    """Answers that end before they should."""
+
+    async def ask(self, path: str = "/") -> Tuple[int, str]:
+        client = await self.service.connect()
+        await client.get()
+        with contextlib.suppress(ConnectionError):
+            await client.answer()
+        client.close()
+        await self.service.settle()
+        return 0, ""
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_body_that_is_read_when_the_response_is_sent(loop: str) -> None:
     """It breaks off after the handler has returned."""
@@ -1564,20 +1577,46 @@ def test_a_body_that_is_read_when_the_response_is_sent(loop: str) -> None:
 
     async def main(guarded: bool) -> Dict[str, int]:
         async with gateway(stream, Upstream((HALF,)), guarded=guarded) as fixture:
-
-            class Broken(Fixture):
-                async def ask(self, path: str = "/") -> Tuple[int, str]:
-                    client = await self.service.connect()
-                    await client.get()
-                    with contextlib.suppress(ConnectionError):
-                        await client.answer()
-                    client.close()
-                    await self.service.settle()
-                    return 0, ""
-
-            return await count_left(Broken(fixture.service, fixture.session))
+            return await count_left(BrokenOff(fixture.service, fixture.session))
 
     assert_stopped(main, loop)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_body_that_takes_too_long_when_the_response_is_sent(loop: str) -> None:
+    """The call's timeout is raised out of the request's task, which its frames have."""
+    timeout = aiohttp.ClientTimeout(total=0.05)
+
+    async def stream(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> web.Response:
+        response = await session.get(url, timeout=timeout)
+
+        async def chunks() -> AsyncIterator[bytes]:
+            async with response:
+                async for chunk in response.content.iter_any():
+                    yield chunk
+
+        return web.Response(body=chunks())
+
+    async def main(guarded: bool) -> int:
+        async with gateway(stream, SaysHalf(), guarded=guarded) as fixture:
+            broken_off = BrokenOff(fixture.service, fixture.session)
+            return (await count_left(broken_off))["BaseRequest"]
+
+    assert run(main(False), loop) == 4
+    assert run(main(True), loop) == 0
+
+
+class SaysHalf(Upstream):
+    """Sends half a body, and falls silent."""
+
+    def __init__(self) -> None:
+        super().__init__((HALF,))
+
+    def answer(self, client: socket.socket, answer: Optional[bytes]) -> bool:
+        super().answer(client, answer)
+        return False
 
 
 class Final(type):
