@@ -172,6 +172,9 @@ def note_failed_call(
     if type(exc) is GeneratorExit:
         return
     try:
+        beside = internals.error_beside(exc)
+        if beside is not None and beside is not exc:
+            note_failed_call(beside, task)
         serving = calls.current.get()
         request = None if serving is None or serving.over else serving.request()
         followed = None if request is None else follow(request, None)

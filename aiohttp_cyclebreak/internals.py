@@ -42,6 +42,7 @@ __all__ = (
     "connection_of_upload",
     "connection_task",
     "context_of",
+    "error_beside",
     "error_of",
     "error_of_call",
     "error_of_last_attempt",
@@ -1104,6 +1105,27 @@ def upload_of(
         return None
     protocol = getattr(response.connection, "protocol", None)
     return None if protocol is None else (writer, protocol)
+
+
+def error_beside(exc: BaseException) -> Optional[BaseException]:
+    """What the connection of a call has that has failed without an answer.
+
+    If the upload has failed at the same time, that is another exception than the one
+    that is raised, and nobody is told of it.
+
+    aiohttp: the local ``self`` of ``ClientResponse.start``, which is in the traceback,
+    and its ``_protocol``, 3.8 to 3.14.
+    """
+    for frame in frames_of(exc):
+        # Not by its code, as in error_of_last_attempt().
+        if (
+            frame.f_code.co_name == "start"
+            and frame.f_globals is client_reqrep.__dict__
+        ):
+            for each in gc.get_referents(frame):
+                if isinstance(each, aiohttp.ClientResponse):
+                    return error_of_call(getattr(each, "_protocol", None))
+    return None
 
 
 # One for all responses that are released; up to 3.10.8 each has one of its own.

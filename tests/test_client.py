@@ -2065,6 +2065,44 @@ def test_an_upload_that_fails_once_the_headers_have_come(loop: str) -> None:
     assert run(main(True), loop) == 0
 
 
+@pytest.mark.skipif(
+    AIOHTTP >= (3, 11, 14),
+    reason="nothing keeps the exception of the upload when the call is known to fail",
+)
+@pytest.mark.parametrize("steps", range(4))
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_upload_that_fails_with_its_call(loop: str, steps: int) -> None:
+    """In the same step of the event loop: the connection keeps that exception."""
+
+    async def handle(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> web.Response:
+        async def chunks() -> AsyncIterator[bytes]:
+            path = request.path
+            (transport,) = {each.transport for each in alive(ResponseHandler)} - {None}
+            yield path.encode()
+            while not transport.is_closing():
+                await asyncio.sleep(0)
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            raise LookupError
+
+        try:
+            async with session.post(url, data=chunks()) as response:
+                await response.read()
+        except (*FAILURES, LookupError):  # itself, up to aiohttp 3.9
+            return web.Response(status=502)
+        raise AssertionError
+
+    async def main(guarded: bool) -> int:
+        async with gateway(handle, Upstream([b""]), guarded=guarded) as fixture:
+            assert (await fixture.ask())[0] == 502
+            return (await count_left(fixture))["BaseRequest"]
+
+    assert run(main(False), loop) == 4
+    assert run(main(True), loop) == 0
+
+
 async def read_and_swallow(
     request: web.Request, session: aiohttp.ClientSession, url: str
 ) -> web.Response:
