@@ -2103,6 +2103,40 @@ def test_an_upload_that_fails_with_its_call(loop: str, steps: int) -> None:
     assert run(main(True), loop) == 0
 
 
+@pytest.mark.skipif(AIOHTTP < (3, 14), reason="aiohttp has no UploadTracker")
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_what_a_tracker_of_uploads_raises(is_stored: bool) -> None:
+    """Nobody but the handler is told of it, which has the tracker in a local."""
+
+    async def handle(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> web.Response:
+        async def chunks() -> AsyncIterator[bytes]:
+            yield b"chunk"
+            await asyncio.Event().wait()
+
+        client: Any = aiohttp  # with what only its newest releases have
+        tracker = client.UploadTracker()
+        call: Any = session.post
+        async with call(url, data=chunks(), upload_tracker=tracker) as response:
+            assert await response.read() == b"ok"
+        try:
+            await tracker.upload_complete
+        except aiohttp.ClientError as exc:
+            if is_stored:
+                request["error"] = exc
+            return web.Response(status=502)
+        raise AssertionError
+
+    async def main(guarded: bool) -> int:
+        async with gateway(handle, Upstream((OK,)), guarded=guarded) as fixture:
+            assert (await fixture.ask())[0] == 502
+            return (await count_left(fixture))["BaseRequest"]
+
+    assert run(main(False)) == 4
+    assert run(main(True)) == (0 if is_stored else 4)
+
+
 async def read_and_swallow(
     request: web.Request, session: aiohttp.ClientSession, url: str
 ) -> web.Response:
