@@ -346,7 +346,11 @@ def passed(
             connection.sever_put_off(request)  # if it is of an earlier one
             if not connection.forget_swallowed():
                 follow(request, options)
-        if connection is not None and connection.put_off is None:
+        if (
+            connection is not None
+            and connection.put_off is None
+            and not connection.following  # what was swallowed may still be in hand
+        ):
             settled_connections.add(connection.key)
         # isinstance() is asked last: the class is abstract, which makes it slow.
         if type(response) is not web.Response:

@@ -751,6 +751,53 @@ def test_what_a_failed_attempt_has_is_there_for_one_that_does_not_wait(
     assert guard == "bare" or left == 0
 
 
+@pytest.mark.parametrize("guard", ["bare", "one outside", "two outside"])
+def test_what_a_failed_attempt_has_is_there_after_a_success_in_its_except_block(
+    guard: str,
+) -> None:
+    """It is in hand when that passes, and not any more one middleware further out."""
+
+    @web.middleware
+    async def retry(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except ValueError:
+            return await handler(request)  # type: ignore[no-any-return]
+
+    async def main() -> None:
+        pool = asyncio.Semaphore(1)
+
+        async def fail_once(request: web.Request) -> web.Response:
+            attempts.append(request.path)
+            if len(attempts) == 1:
+                await pool.acquire()  # which does not wait
+                Lent(pool).fail()
+            assert pool.locked()
+            return web.Response()
+
+        @web.middleware
+        async def look(request: web.Request, handler: Any) -> web.StreamResponse:
+            response: web.StreamResponse = await handler(request)
+            were_locked.append(pool.locked())
+            return response
+
+        attempts: List[str] = []
+        outside = {"bare": 0, "one outside": 1, "two outside": 2}[guard]
+        app = application(look, *(cyclebreak() for _ in range(outside)), retry)
+        if outside:
+            app.middlewares.append(cyclebreak())
+        app.router.add_get("/fail", fail_once)
+        with no_collector():
+            async with serve(app) as service:
+                for _ in range(3):
+                    assert (await service.ask("/fail"))[0] == 200
+                    attempts.clear()
+
+    were_locked: List[bool] = []
+    run(main())
+    assert were_locked == [False] * 3
+
+
 @pytest.mark.parametrize("guard", ["bare", *GUARDS, "radar"])
 def test_what_several_requests_have_swallowed_goes_while_they_go_on(
     guard: str,
