@@ -202,7 +202,8 @@ def note_upload(response: Any) -> None:
     """
     try:
         upload = internals.upload_of(response)
-        task = asyncio.current_task()
+        # Most often there is none.
+        task = None if upload is None else asyncio.current_task()
         if upload is not None and task is not None:
             # No other call is given the connection before that has ended.
             sends, protocol = upload

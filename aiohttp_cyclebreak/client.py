@@ -96,6 +96,7 @@ async def _ended(
     if response.status == 101:
         internals.follow_websockets(session, note_call)
     else:
+        note_upload(response)  # even if all of the answer has come
         try:
             is_over = response.content.is_eof()
         except AttributeError:  # a class of the application's, without a stream
@@ -104,7 +105,6 @@ async def _ended(
         if is_over and internals.RELEASED_HAVE_ONE_ERROR:
             note_successful_call()
             return
-        note_upload(response)
     note_call(response)
 
 

@@ -2065,6 +2065,51 @@ def test_an_upload_that_fails_once_the_headers_have_come(loop: str) -> None:
     assert run(main(True), loop) == 0
 
 
+class RefusesEarly(Upstream):
+    """Refuses the upload before it has come; all of the answer is in its headers."""
+
+    def answer(self, client: socket.socket, answer: Optional[bytes]) -> bool:
+        path_asked_of(client)
+        client.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
+        client.recv(65536)  # until the connection ends
+        return False
+
+
+@pytest.mark.skipif(
+    not (3, 9) <= AIOHTTP < (3, 11, 14),
+    reason="the call does not have the connection of the upload any more",
+)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_upload_that_fails_when_all_of_the_answer_has_come(loop: str) -> None:
+    """It is cancelled then, and raises something else."""
+
+    async def handle(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> web.Response:
+        failed = asyncio.Event()
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield request.path.encode()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                failed.set()
+                raise LookupError from None
+
+        async with session.post(url, data=chunks()) as response:
+            await failed.wait()
+            await spin()
+            return web.Response(status=response.status)
+
+    async def main(guarded: bool) -> int:
+        async with gateway(handle, RefusesEarly([b""]), guarded=guarded) as fixture:
+            assert (await fixture.ask())[0] == 413
+            return (await count_left(fixture))["BaseRequest"]
+
+    assert run(main(False), loop) == 4
+    assert run(main(True), loop) == 0
+
+
 @pytest.mark.skipif(
     AIOHTTP >= (3, 11, 14),
     reason="nothing keeps the exception of the upload when the call is known to fail",
