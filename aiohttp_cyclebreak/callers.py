@@ -194,19 +194,16 @@ def note_failed_call(
         complain("noting a failed call")
 
 
-def note_upload(response: Any) -> None:
+def note_upload(sends: "asyncio.Task[None]", protocol: Any) -> None:
     """Have it noted if a call that is answered already fails to send its body.
 
     Args:
-        response: the answer.
+        sends: the task that does.
+        protocol: that of the call's connection, which no other call has meanwhile.
     """
     try:
-        upload = internals.upload_of(response)
-        # Most often there is none.
-        task = None if upload is None else asyncio.current_task()
-        if upload is not None and task is not None:
-            # No other call is given the connection before that has ended.
-            sends, protocol = upload
+        task = asyncio.current_task()
+        if task is not None:
             sends.add_done_callback(partial(_upload_ended, ref(protocol), ref(task)))
     except Exception:
         complain("noting an upload")

@@ -96,7 +96,9 @@ async def _ended(
     if response.status == 101:
         internals.follow_websockets(session, note_call)
     else:
-        note_upload(response)  # even if all of the answer has come
+        upload = internals.upload_of(response)
+        if upload is not None:  # even if all of the answer has come
+            note_upload(*upload)
         try:
             is_over = response.content.is_eof()
         except AttributeError:  # a class of the application's, without a stream

@@ -1101,9 +1101,10 @@ def upload_of(
         The task and the protocol.
     """
     writer = getattr(response, "_writer", None)
-    if not isinstance(writer, asyncio.Task) or writer.done():
+    if writer is None or not isinstance(writer, asyncio.Task) or writer.done():
         return None
-    protocol = getattr(response.connection, "protocol", None)
+    connection = getattr(response, "connection", None)
+    protocol = getattr(connection, "protocol", None)
     return None if protocol is None else (writer, protocol)
 
 
