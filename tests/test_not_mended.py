@@ -159,8 +159,10 @@ def test_the_hint_of_a_name_error_that_is_formatted_late(guard: str) -> None:
     exc = kept.pop()  # it leads to the application, which has the list
     lines = traceback.format_exception(NameError, exc, exc.__traceback__)
     assert "in fail" in "".join(lines)
-    has_hint = guard == "bare" and sys.version_info >= (3, 12)
-    assert ("Did you mean: 'message'?" in lines[-1]) is has_hint
+    has_hint = "Did you mean: 'message'?" in lines[-1]
+    if guard == "bare" and not has_hint and sys.version_info < (3, 12):
+        pytest.skip("there is none before, but for that of the exceptiongroup backport")
+    assert has_hint is (guard == "bare")
 
 
 def _keep(exc: Exception) -> Any:
