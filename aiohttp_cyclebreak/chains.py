@@ -367,7 +367,7 @@ class _Search:
     def steps(self) -> "Generator[None, None, None]":
         """Do as :meth:`run` does, with a pause after each pass over all objects.
 
-        What only such a pass in Python would find is not looked for.
+        Of futures only tasks are asked: those are known without a list of all objects.
         """
         self._pauses = True
         self._futures += internals.all_tasks()

@@ -1101,7 +1101,7 @@ def upload_of(
         The task and the protocol.
     """
     writer = getattr(response, "_writer", None)
-    if writer is None or not isinstance(writer, asyncio.Task) or writer.done():
+    if not isinstance(writer, asyncio.Task) or writer.done():
         return None
     connection = getattr(response, "connection", None)
     protocol = getattr(connection, "protocol", None)
