@@ -117,6 +117,24 @@ async def count_left(fixture: Fixture, visits: int = 4) -> Dict[str, int]:
     return left
 
 
+def requests_left(
+    handler: Any,
+    upstream: Upstream,
+    status: int,
+    loop: str = "asyncio",
+    *,
+    guarded: bool,
+) -> int:
+    """How many of four requests a gateway leaves, each answered with a status."""
+
+    async def main() -> int:
+        async with gateway(handler, upstream, guarded=guarded) as fixture:
+            assert (await fixture.ask())[0] == status
+            return (await count_left(fixture))["BaseRequest"]
+
+    return run(main(), loop)
+
+
 KINDS = (web.BaseRequest, aiohttp.ClientResponse, ResponseHandler)
 NOTHING = {cls.__name__: 0 for cls in KINDS}
 
@@ -2101,13 +2119,10 @@ def test_an_upload_that_fails_when_all_of_the_answer_has_come(loop: str) -> None
             await spin()
             return web.Response(status=response.status)
 
-    async def main(guarded: bool) -> int:
-        async with gateway(handle, RefusesEarly([b""]), guarded=guarded) as fixture:
-            assert (await fixture.ask())[0] == 413
-            return (await count_left(fixture))["BaseRequest"]
-
-    assert run(main(False), loop) == 4
-    assert run(main(True), loop) == 0
+    for guarded, left in ((False, 4), (True, 0)):
+        upstream = RefusesEarly([b""])
+        found = requests_left(handle, upstream, 413, loop, guarded=guarded)
+        assert found == left
 
 
 @pytest.mark.skipif(
@@ -2139,13 +2154,10 @@ def test_an_upload_that_fails_with_its_call(loop: str, steps: int) -> None:
             return web.Response(status=502)
         raise AssertionError
 
-    async def main(guarded: bool) -> int:
-        async with gateway(handle, Upstream([b""]), guarded=guarded) as fixture:
-            assert (await fixture.ask())[0] == 502
-            return (await count_left(fixture))["BaseRequest"]
-
-    assert run(main(False), loop) == 4
-    assert run(main(True), loop) == 0
+    for guarded, left in ((False, 4), (True, 0)):
+        upstream = Upstream([b""])
+        found = requests_left(handle, upstream, 502, loop, guarded=guarded)
+        assert found == left
 
 
 @pytest.mark.skipif(AIOHTTP < (3, 14), reason="aiohttp has no UploadTracker")
@@ -2173,13 +2185,10 @@ def test_what_a_tracker_of_uploads_raises(is_stored: bool) -> None:
             return web.Response(status=502)
         raise AssertionError
 
-    async def main(guarded: bool) -> int:
-        async with gateway(handle, Upstream((OK,)), guarded=guarded) as fixture:
-            assert (await fixture.ask())[0] == 502
-            return (await count_left(fixture))["BaseRequest"]
-
-    assert run(main(False)) == 4
-    assert run(main(True)) == (0 if is_stored else 4)
+    for guarded, left in ((False, 4), (True, 0 if is_stored else 4)):
+        upstream = Upstream((OK,))
+        found = requests_left(handle, upstream, 502, guarded=guarded)
+        assert found == left
 
 
 async def read_and_swallow(
