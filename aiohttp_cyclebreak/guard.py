@@ -88,7 +88,10 @@ def begin_again(request: web.BaseRequest, options: Options) -> None:
             # Who has swallowed it is in its traceback, and goes on.
             follow(raised_by, options)
         if connection.following:
-            _let_go_of_swallowed(internals.original_of(request))
+            _let_go_of_swallowed(request)
+            original = internals.original_of(request)
+            if original is not request:  # as which very many clones are followed
+                _let_go_of_swallowed(original)
     except Exception:
         complain("taking up a request again")
 

@@ -698,13 +698,16 @@ def test_what_a_failed_attempt_has_is_given_back_to_the_next(
 
 @pytest.mark.parametrize("guard", ["bare", *GUARDS, "guard_server", "break_cycles"])
 @pytest.mark.parametrize("failure", ["alone", "with a cause", "a response"])
+@pytest.mark.parametrize("is_clone", [False, True])
 def test_what_a_failed_attempt_has_is_there_for_one_that_does_not_wait(
-    failure: str, guard: str
+    is_clone: bool, failure: str, guard: str
 ) -> None:
     """It looks once, and answers otherwise."""
 
     @web.middleware
     async def retry(request: web.Request, handler: Any) -> web.StreamResponse:
+        if is_clone:  # one for all attempts
+            request = request.clone()
         for _ in range(2):
             with contextlib.suppress(ValueError, KeyError, web.HTTPConflict):
                 return await handler(request)  # type: ignore[no-any-return]
