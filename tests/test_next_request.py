@@ -112,6 +112,13 @@ async def left_by(prepare: Guard, path: str, status: int, install: Guard) -> int
         return len(alive()) - before
 
 
+def serve_under(guard: str, app: web.Application) -> Any:
+    """Serve with one of the guards, or guard_server(); for any other name with none."""
+    if guard in GUARDS:
+        GUARDS[guard](app)
+    return serve(app, guard_server) if guard == "guard_server" else serve(app)
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize(
@@ -682,12 +689,9 @@ def test_what_a_failed_attempt_has_is_given_back_to_the_next(
 
         app = application(retry)
         app.router.add_get("/fail", fail)
-        if guard in GUARDS:
-            GUARDS[guard](app)
-        guards_runner = [guard_server] if guard == "guard_server" else []
         with no_collector():
             before = len(alive())
-            async with serve(app, *guards_runner) as service:
+            async with serve_under(guard, app) as service:
                 assert (await service.ask("/fail"))[0] == 200
                 await service.settle()
             return len(alive()) - before
@@ -737,12 +741,9 @@ def test_what_a_failed_attempt_has_is_there_for_one_that_does_not_wait(
         attempts: List[str] = []
         app = application(retry)
         app.router.add_get("/fail", break_cycles(fail) if "break" in guard else fail)
-        if guard in GUARDS:
-            GUARDS[guard](app)
-        guards_runner = [guard_server] if guard == "guard_server" else []
         with no_collector():
             before = len(alive())
-            async with serve(app, *guards_runner) as service:
+            async with serve_under(guard, app) as service:
                 for _ in range(3):
                     assert (await service.ask("/fail"))[0] == 200
                     assert len(attempts) == 3
@@ -904,11 +905,9 @@ def test_what_is_swallowed_and_in_a_cycle_goes_with_its_request(
     async def main() -> int:
         app = application(swallow)
         app.router.add_get("/fail", fail)
-        if guard != "bare":
-            GUARDS[guard](app)
         with no_collector():
             before = len(alive())
-            async with serve(app) as service:
+            async with serve_under(guard, app) as service:
                 for _ in range(3):
                     assert (await service.ask("/fail"))[0] == 200
                 await service.settle()
@@ -964,10 +963,8 @@ def test_what_a_handler_leaves_open_is_closed_in_its_context(
     async def main() -> None:
         app = application(report)
         app.router.add_get("/fail", fail)
-        if guard != "bare":
-            GUARDS[guard](app)
         with no_collector():
-            async with serve(app) as service:
+            async with serve_under(guard, app) as service:
                 assert (await service.ask("/fail"))[0] == 500
                 await service.settle()
 
@@ -1028,11 +1025,8 @@ def test_what_a_handler_leaves_open_resets_the_variables_of_its_request(
     async def main() -> None:
         app = application(swallow)
         app.router.add_get("/fail", break_cycles(fail) if "break" in guard else fail)
-        if guard in GUARDS:
-            GUARDS[guard](app)
-        guards_runner = [guard_server] if guard == "guard_server" else []
         with no_collector():
-            async with serve(app, *guards_runner) as service:
+            async with serve_under(guard, app) as service:
                 for _ in range(2):
                     assert (await service.ask("/fail"))[0] == 500
                 await service.settle()
@@ -2010,17 +2004,10 @@ def test_an_application_may_give_its_handlers_what_it_likes(
 
     async def main() -> List[int]:
         app = application(give_own)
-        if api != "guard_server":
-            GUARDS[api](app)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        if api == "guard_server":
-            guard_server(runner)
-        service = await start(runner)
-        client = await service.connect()
-        answers = [await ask(client, path + query) for path in ("/refuse/1", "/")]
-        client.close()
-        await runner.cleanup()
+        async with serve_under(api, app) as service:
+            client = await service.connect()
+            answers = [await ask(client, path + query) for path in ("/refuse/1", "/")]
+            client.close()
         return answers
 
     assert run(main()) == [400, 200]

@@ -22,6 +22,7 @@ from .test_next_request import (
     ask,
     give_own,
     left_by,
+    serve_under,
     store_failure,
 )
 
@@ -97,34 +98,47 @@ def _locals_where_raised(exc: BaseException) -> Any:
     return frame.f_locals
 
 
-@pytest.mark.parametrize("guard", ["bare", *GUARDS])
-def test_locals_that_somebody_keeps_to_evaluate_an_expression(guard: str) -> None:
-    """From CPython 3.13 on they are a view of the frame, which is emptied."""
-    kept: List[Any] = []
+def _keep(exc: BaseException) -> Any:
+    return exc
 
-    async def fail(request: web.Request) -> web.Response:
-        answer = 42  # noqa: F841
-        raise ValueError
+
+def _read_locals(exc: BaseException) -> Any:
+    """As error reporters do: before CPython 3.13 the frames keep a copy of them."""
+    traceback.TracebackException.from_exception(exc, capture_locals=True)
+
+
+def _kept(guard: str, handler: Any, use: Callable[[BaseException], Any]) -> Any:
+    """What a middleware has made of what a handler raised, and looks at afterwards."""
+    kept: List[Any] = []
 
     @web.middleware
     async def keep(request: web.Request, handler: Any) -> web.StreamResponse:
         try:
             return await handler(request)  # type: ignore[no-any-return]
-        except ValueError as exc:
-            kept.append(_locals_where_raised(exc))
+        except Exception as exc:
+            kept.append(use(exc))
             raise
 
     async def main() -> None:
         app = application(keep)
-        app.router.add_get("/fail", fail)
-        if guard != "bare":
-            GUARDS[guard](app)
-        async with serve(app) as service:
+        app.router.add_get("/fail", handler)
+        async with serve_under(guard, app) as service:
             assert (await service.ask("/fail"))[0] == 500
             await service.settle()
 
     run(main())
-    names = set(kept.pop())  # it leads to the application, which has the list
+    return kept.pop()  # it leads to the application, which has the list
+
+
+@pytest.mark.parametrize("guard", ["bare", *GUARDS])
+def test_locals_that_somebody_keeps_to_evaluate_an_expression(guard: str) -> None:
+    """From CPython 3.13 on they are a view of the frame, which is emptied."""
+
+    async def fail(request: web.Request) -> web.Response:
+        answer = 42  # noqa: F841
+        raise ValueError
+
+    names = set(_kept(guard, fail, _locals_where_raised))
     is_empty = guard != "bare" and sys.version_info >= (3, 13)
     assert ("answer" not in names) is is_empty
 
@@ -132,31 +146,12 @@ def test_locals_that_somebody_keeps_to_evaluate_an_expression(guard: str) -> Non
 @pytest.mark.parametrize("guard", ["bare", *GUARDS])
 def test_the_hint_of_a_name_error_that_is_formatted_late(guard: str) -> None:
     """From CPython 3.12 on it is looked for then, among the locals."""
-    kept: List[NameError] = []
 
     async def fail(request: web.Request) -> web.Response:
         message = request.path  # noqa: F841
         return web.Response(text=messages)  # type: ignore[name-defined] # noqa: F821
 
-    @web.middleware
-    async def keep(request: web.Request, handler: Any) -> web.StreamResponse:
-        try:
-            return await handler(request)  # type: ignore[no-any-return]
-        except NameError as exc:
-            kept.append(exc)
-            raise
-
-    async def main() -> None:
-        app = application(keep)
-        app.router.add_get("/fail", fail)
-        if guard != "bare":
-            GUARDS[guard](app)
-        async with serve(app) as service:
-            assert (await service.ask("/fail"))[0] == 500
-            await service.settle()
-
-    run(main())
-    exc = kept.pop()  # it leads to the application, which has the list
+    exc = _kept(guard, fail, _keep)
     lines = traceback.format_exception(NameError, exc, exc.__traceback__)
     assert "in fail" in "".join(lines)
     has_hint = "Did you mean: 'message'?" in lines[-1]
@@ -165,17 +160,8 @@ def test_the_hint_of_a_name_error_that_is_formatted_late(guard: str) -> None:
     assert has_hint is (guard == "bare")
 
 
-def _keep(exc: Exception) -> Any:
-    return exc
-
-
-def _read_locals(exc: Exception) -> Any:
-    """As error reporters do: before CPython 3.13 the frames keep a copy of them."""
-    traceback.TracebackException.from_exception(exc, capture_locals=True)
-
-
 @pytest.mark.parametrize("use", [_keep, _read_locals])
-def test_what_a_handler_swallows(use: Callable[[Exception], Any]) -> None:
+def test_what_a_handler_swallows(use: Callable[[BaseException], Any]) -> None:
     """No middleware sees it, unless it is stored in the request."""
 
     async def answer(request: web.Request) -> web.Response:
