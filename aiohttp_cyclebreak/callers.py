@@ -104,24 +104,24 @@ def _caller_of(task: "Optional[asyncio.Task[Any]]") -> Optional[_Caller]:
     return caller
 
 
-def note_call(made_with: Any) -> None:
-    """Remember what a call is made with, to which an error may come later.
+def note_call(response: Any) -> None:
+    """Remember what a call has given, to which an error may come later.
 
     This runs for every outgoing call, most of which succeed.
 
     Args:
-        made_with: a response, a websocket or the protocol of a connection.
+        response: that of the call, or its websocket.
     """
     try:
         serving = calls.current.get()
         if serving is not None and not serving.over:
-            if serving.add(made_with):
+            if serving.add(response):
                 _look_for_errors(serving)
             return
         caller = _caller_of(asyncio.current_task())
         if caller is None:
             return
-        if caller.calls.add(made_with):
+        if caller.calls.add(response):
             caller.note_errors()
         if caller.exceptions:
             caller.call_ended()

@@ -1,4 +1,4 @@
-"""What were outgoing calls made with? By weak reference: it holds nothing alive."""
+"""What have outgoing calls given? By weak reference: it holds nothing alive."""
 
 from contextvars import ContextVar
 from itertools import count, islice
@@ -23,45 +23,45 @@ _numbers = count(1)
 
 
 class Calls:
-    """The connections and responses of the calls of one request, or of one task.
+    """The responses and websockets of the calls of one request, or of one task.
 
     Adding one is on the path of every call that succeeds: that is a weak reference
     and an entry of a dictionary.  Most of what is followed is gone before the next
     call, and what is dead is dropped whenever 32 more have come, or a quarter more.
     """
 
-    __slots__ = ("_made_with", "_limit", "_number")
+    __slots__ = ("_followed", "_limit", "_number")
 
     def __init__(self) -> None:
         self._number = next(_numbers)
-        self._made_with: Dict[int, ref[Any]] = {}
+        self._followed: Dict[int, ref[Any]] = {}
         self._limit = _FEWEST
 
     def add(self, each: Any) -> bool:
-        """Follow a client's protocol, response or websocket.
+        """Follow a response or a websocket of the client's.
 
         Returns:
             Whether it is time to look for errors: now and then.
         """
-        made_with = self._made_with
-        made_with[id(each)] = ref(each)
-        if len(made_with) < self._limit:
+        followed = self._followed
+        followed[id(each)] = ref(each)
+        if len(followed) < self._limit:
             return False
         self.forget_dead()
         return True
 
     def forget_dead(self) -> None:
         """Drop what is gone."""
-        for key, found in list(self._made_with.items()):
+        for key, found in list(self._followed.items()):
             if found() is None:
-                del self._made_with[key]
-        alive = len(self._made_with)
+                del self._followed[key]
+        alive = len(self._followed)
         self._limit = alive + max(_FEWEST, alive // 4)
 
     def errors(self) -> List[BaseException]:
         """The exceptions that those which are still there keep, if they keep frames."""
         errors: List[BaseException] = []
-        for found in list(self._made_with.values()):
+        for found in list(self._followed.values()):
             each = found()
             if each is None:
                 continue
@@ -97,7 +97,7 @@ class Calls:
 
     def unread(self) -> bool:
         """Whether a response is there whose body has not all come yet."""
-        for found in list(self._made_with.values()):
+        for found in list(self._followed.values()):
             content = getattr(found(), "content", None)
             if content is not None and not content.is_eof():
                 return True

@@ -1074,17 +1074,17 @@ class _Messages(Deque[Any]):
         self.clear()
 
 
-def error_of_call(made_with: Any) -> Optional[BaseException]:
+def error_of_call(holder: Any) -> Optional[BaseException]:
     """The exception that an object of aiohttp's client keeps.
 
     aiohttp: ``exception()`` of the client's protocol, of ``ClientResponse.content``,
     of a ``ClientWebSocketResponse`` and of its ``._reader``, 3.8 to 3.14.
 
     Args:
-        made_with: a response, a websocket or the protocol of a connection.
+        holder: a response, a websocket or the protocol of a connection.
     """
-    content = getattr(made_with, "content", None)  # None until the headers have come
-    return _first_error((made_with, content, getattr(made_with, "_reader", None)))
+    content = getattr(holder, "content", None)  # None until the headers have come
+    return _first_error((holder, content, getattr(holder, "_reader", None)))
 
 
 def upload_of(

@@ -1957,7 +1957,7 @@ def test_successful_calls_leave_no_trace_of_themselves() -> None:
             assert serving is not None
             for _ in range(500):
                 await read(request, session, url)
-                sizes.append(len(serving._made_with))
+                sizes.append(len(serving._followed))
             return "done"
 
         answer = OK.replace(b"OK", b"OK\r\nConnection: close")
