@@ -939,18 +939,15 @@ def guard_options(request: Any) -> Optional[Options]:
 
 def lacks() -> List[str]:
     """What :func:`guard_connections` needs and this aiohttp does not have."""
-    needed = {
-        "web_protocol._ErrInfo": (web_protocol, "_ErrInfo"),
-        "RequestHandler._messages": (web_protocol.RequestHandler, "_messages"),
-        "RequestHandler._task_handler": (web_protocol.RequestHandler, "_task_handler"),
-        "RequestHandler._request_handler": (
-            web_protocol.RequestHandler,
-            "_request_handler",
-        ),
-        "BaseRunner.server": (web.BaseRunner, "server"),
-    }
+    handler: Any = web_protocol.RequestHandler
+    needed = (
+        (web_protocol, "_ErrInfo"),
+        (handler, "_messages"),
+        (handler, "_request_handler"),
+        (handler, "_task_handler"),
+    )
     return [
-        name for name, (owner, name_) in needed.items() if not hasattr(owner, name_)
+        f"{owner.__name__}.{name}" for owner, name in needed if not hasattr(owner, name)
     ]
 
 
