@@ -595,8 +595,7 @@ def kept_exceptions(request: web.BaseRequest) -> List[BaseException]:
 
 
 def release_payload(
-    payload: aiohttp.StreamReader,
-    late: Type[web.PayloadAccessError] = web.PayloadAccessError,
+    payload: aiohttp.StreamReader, late: Type[web.PayloadAccessError]
 ) -> bool:
     """Let a body that is read too late raise an error of the reader's own.
 

@@ -131,7 +131,7 @@ def _held_elsewhere(
 
 def _cut_link_cycles(
     exceptions: List[BaseException],
-    references: "Optional[Callable[[], Counter[int]]]" = None,
+    references: "Optional[Callable[[], Counter[int]]]",
 ) -> None:
     """Cut the links by which exceptions come back to themselves.
 
