@@ -56,6 +56,10 @@ if sys.version_info >= (3, 11):
                 return True
         return False
 
+    def executed_here() -> Container[int]:
+        """None: such a frame is not finished."""
+        return ()
+
 else:
     _YIELD_VALUE = dis.opmap["YIELD_VALUE"]
     _YIELD_FROM = dis.opmap["YIELD_FROM"]
@@ -80,15 +84,6 @@ else:
             and code.co_code[last] != _YIELD_VALUE
             and code.co_code[last + 2 : last + 3] != bytes((_YIELD_FROM,))
         )
-
-
-if sys.version_info >= (3, 11):
-
-    def executed_here() -> Container[int]:
-        """None: such a frame is not finished."""
-        return ()
-
-else:
 
     def executed_here() -> Container[int]:
         """The ids of the frames that execute in this thread, finished or not."""
@@ -383,5 +378,5 @@ if (3, 11) <= sys.version_info < (3, 14):
 else:
 
     def empty_functions(frames: List[FrameType]) -> bool:
-        """Before CPython 3.11 a frame does not hold its function."""
+        """Nothing: a frame holds no function yet, or its holders cannot be counted."""
         return False
