@@ -101,11 +101,10 @@ def links_of(exc: BaseException) -> List[Tuple[Any, BaseException]]:
     """
     cause, context = _cause_of(exc), _context_of(exc)
     group = _group_type()
-    is_group = issubclass(type(exc), group)
     links = [(_CAUSE, cause)] if cause is not None else []
     if context is not None:
         links.append((_CONTEXT, context))
-    if is_group:
+    if issubclass(type(exc), group):
         # Again by descriptor: a subclass may shadow the attribute.
         links.extend((None, member) for member in group.exceptions.__get__(exc))
     return links

@@ -111,7 +111,7 @@ def pytest_runtest_logfinish() -> None:
 
 
 @pytest.fixture
-def no_request_cycles() -> "Callable[..., Any]":
+def no_request_cycles() -> Callable[..., Any]:
     """Fail a test that leaves requests behind.
 
     .. code-block:: python
@@ -154,7 +154,7 @@ def _watching(*args: Any, **options: Any) -> Any:
     return _block(_make_watch(args, options))
 
 
-def _make_watch(args: Tuple[Any, ...], options: Mapping[str, Any]) -> "Watch":
+def _make_watch(args: Tuple[Any, ...], options: Mapping[str, Any]) -> Watch:
     if args:
         raise TypeError("it takes keyword arguments only")
     for name in options:
@@ -175,7 +175,7 @@ def _wrong(item: pytest.Item) -> Optional[str]:
 
 
 @contextlib.asynccontextmanager
-async def _block(watch: "Watch") -> AsyncIterator[None]:
+async def _block(watch: Watch) -> AsyncIterator[None]:
     watch.begin()
     try:
         yield
@@ -185,7 +185,7 @@ async def _block(watch: "Watch") -> AsyncIterator[None]:
         watch.end()
 
 
-def _watched(test: Callable[..., Any], watch: "Watch") -> Callable[..., Any]:
+def _watched(test: Callable[..., Any], watch: Watch) -> Callable[..., Any]:
     """A test that is looked after; the watch is ended by the teardown."""
     if inspect.iscoroutinefunction(test):
 
@@ -265,7 +265,7 @@ def _forget_closed(clients: List[Any]) -> None:
 
 
 @pytest.fixture
-def soak() -> "Callable[..., Any]":
+def soak() -> Callable[..., Any]:
     """Repeat what a client does, and fail if anything grows with it.
 
     .. code-block:: python
