@@ -530,7 +530,7 @@ class _Search:
     # From the root, or the cycle, to the target.
 
     def chain_of_first(self) -> Optional[Chain]:
-        """Put the chain of the first target into words, without the caller's help."""
+        """Put the chain of the first target into words; who asks need not have it."""
         return self.chain_of(self._objects[0])
 
     def chain_of(self, each: object) -> Optional[Chain]:
@@ -568,12 +568,11 @@ class _Search:
         return path[::-1]
 
     def _live_chain(self, target: int) -> Chain:
-        roots = {each for each in self._behind(target) if each in self._roots}
-        best = min(len(self._path([root], target)) for root in roots)
-        ways = [self._path([root], target) for root in roots]
+        roots = [each for each in self._behind(target) if each in self._roots]
         way = min(
-            (way for way in ways if len(way) == best),
+            (self._path([root], target) for root in roots),
             key=lambda way: (
+                len(way),
                 self._roots[way[0]].kind != "permanent",
                 [self._order(each)[0] for each in way],
             ),
