@@ -101,6 +101,11 @@ class Plan:
     garbage: bool = False
 
     @property
+    def application(self) -> str:
+        """What is served, without its arguments: these may be secret."""
+        return self.target.partition("(")[0]
+
+    @property
     def guard(self) -> str:
         """What guards the guarded run."""
         if self.own_guard:
@@ -236,7 +241,7 @@ class Report:
             "implementation": platform.python_implementation(),
             "platform": platform.platform(),
             "event_loop": self.event_loop,
-            "application": plan.target.partition("(")[0],
+            "application": plan.application,
             "guard": plan.guard,
             "requests": [
                 {
@@ -684,7 +689,7 @@ def plot(report: Report, path: str) -> None:
         axes.set_xlabel("seconds since the first request")
         axes.set_ylabel(f"MiB above the start\n({report.memory_is})")
         axes.set_title(
-            f"{plan.target.partition('(')[0]}, aiohttp {aiohttp.__version__}: "
+            f"{plan.application}, aiohttp {aiohttp.__version__}: "
             f"{report.bare.sent} requests, {plan.concurrency} at a time,\n"
             "with the cyclic garbage collector off",
             fontsize="medium",

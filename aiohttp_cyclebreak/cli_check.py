@@ -237,7 +237,7 @@ def make_plan(args: argparse.Namespace) -> check.Plan:
 def _print_table(report: check.Report) -> None:
     plan = report.plan
     say(
-        f"{plan.target.partition('(')[0]}: {report.bare.sent} requests, "
+        f"{plan.application}: {report.bare.sent} requests, "
         f"{plan.concurrency} at a time, "
         f"{'kept alive' if plan.keep_alive else 'a connection each'}; "
         f"guarded: {plan.guard}."
