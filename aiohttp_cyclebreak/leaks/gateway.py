@@ -108,7 +108,7 @@ class Gateway:
         self._upstream.stop()
 
     async def call(self, request: web.Request) -> bytes:
-        """Call the other service, on behalf of a request."""
+        """Call the other service, on behalf of a request, which the frame holds."""
         assert self._session is not None
         async with self._session.get(self._upstream.url) as response:
             return await response.read()
