@@ -321,9 +321,9 @@ class _Server:
             gc.enable()
         self._cpu = time.process_time()
         self._begun = time.perf_counter()
-        return self.sample()
+        return await self.sample()
 
-    def sample(self) -> Dict[str, Any]:
+    async def sample(self) -> Dict[str, Any]:
         """The memory now."""
         size, _ = memory()
         return {"seconds": time.perf_counter() - self._begun, "bytes": size}
@@ -469,10 +469,7 @@ async def _serve(
             if command is None or command["do"] == "stop":
                 return
             do = command.pop("do")
-            if do == "sample":
-                answer(**server.sample())
-            else:
-                answer(**await getattr(server, do)(**command))
+            answer(**await getattr(server, do)(**command))
     finally:
         await runner.cleanup()
 
