@@ -26,6 +26,14 @@ if uvloop is not None:
 
 TIMEOUT = 30.0  # seconds, for a hang: nothing is measured by it
 
+# The headers that ask for a websocket.
+HANDSHAKE = (
+    "Upgrade: websocket",
+    "Connection: Upgrade",
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+)
+
 
 def run(main: Coroutine[Any, Any, Any], loop: str = "asyncio") -> Any:
     """Run a coroutine to its end in a new event loop, as ``asyncio.run`` does."""

@@ -21,7 +21,7 @@ from aiohttp_cyclebreak.holders import MOST_NOTED
 from aiohttp_cyclebreak.requests import FOLLOWED
 from aiohttp_cyclebreak.sever import sever
 
-from .service import AIOHTTP, alive, no_collector, run, serve
+from .service import AIOHTTP, HANDSHAKE, alive, no_collector, run, serve
 from .test_hostile_exceptions import Strange
 
 if sys.version_info >= (3, 11):
@@ -39,13 +39,6 @@ GUARDS: Dict[str, Guard] = {
     "setup": setup,
     "with on_break": lambda app: setup(app, on_break=lambda event: None),
 }
-
-UPGRADE = (
-    "Upgrade: websocket",
-    "Connection: Upgrade",
-    "Sec-WebSocket-Version: 13",
-    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-)
 
 
 @pytest.mark.parametrize("guard", GUARDS)
@@ -428,7 +421,7 @@ def test_a_websocket_whose_peer_is_dead(guard: str) -> None:
             before = len(alive())
             async with serve(app) as service:
                 client = await service.connect()
-                await client.get("/", *UPGRADE)
+                await client.get("/", *HANDSHAKE)
                 await done.wait()  # it never answers a ping
                 client.close()
                 await service.settle()
@@ -460,7 +453,7 @@ def test_a_websocket_whose_client_breaks_the_protocol_unread(
             before = len(alive())
             async with serve(app) as service:
                 client = await service.connect()
-                head = "\r\n".join(("GET / HTTP/1.1", "Host: a", *UPGRADE, "", ""))
+                head = "\r\n".join(("GET / HTTP/1.1", "Host: a", *HANDSHAKE, "", ""))
                 # At once, so that it is parsed below the handler's frame.
                 await client.send(head.encode() + b"no frame at all")
                 assert (await client.answer())[0] == 101
@@ -498,7 +491,7 @@ def test_a_heartbeat_closes_what_the_handler_left_open(
             before = len(alive())
             async with serve(app) as service:
                 client = await service.connect()
-                await client.get("/", *UPGRADE)
+                await client.get("/", *HANDSHAKE)
                 while not (sockets and sockets[0].closed):
                     await asyncio.sleep(0.01)
                 server = service.runner.server
@@ -537,7 +530,7 @@ def test_a_websocket_that_the_handler_left_open_goes_with_its_heartbeat() -> Non
         with no_collector():
             async with serve(app) as service:
                 client = await service.connect()
-                await client.get("/", *UPGRADE)
+                await client.get("/", *HANDSHAKE)
                 while not sockets:
                     await asyncio.sleep(0)
                 client.close()
@@ -574,11 +567,11 @@ def test_the_websocket_of_another_request_is_left_alone(guard: str) -> None:
         GUARDS[guard](app)
         async with serve(app) as service:
             listener, sender = await service.connect(), await service.connect()
-            await listener.get("/listen", *UPGRADE)
+            await listener.get("/listen", *HANDSHAKE)
             while not sockets:
                 await asyncio.sleep(0)
             before = (sockets[0]._req, sockets[0]._heartbeat_cb)
-            await sender.get("/broadcast", *UPGRADE)
+            await sender.get("/broadcast", *HANDSHAKE)
             server = service.runner.server
             assert server is not None
             while len(server.connections) > 1 or server.requests_count < 2:
@@ -655,7 +648,7 @@ def test_a_websocket_that_is_held_for_good_is_as_bare(ends: Any, guard: str) -> 
             before = len(alive())
             async with serve(app) as service:
                 client = await service.connect()
-                await client.get("/socket", *UPGRADE)
+                await client.get("/socket", *HANDSHAKE)
                 await client.answer()
                 await client.send(bytes((0x81, 0x80, 0, 0, 0, 0)))  # an empty text
                 if ends is returns_its_websocket:
@@ -1102,7 +1095,7 @@ def test_a_websocket_whose_handler_goes_on_is_left_alone() -> None:
         app = web.Application()
         app.router.add_get("/", handler)
         async with serve(app) as service:
-            assert (await service.ask("/", *UPGRADE))[0] == 101
+            assert (await service.ask("/", *HANDSHAKE))[0] == 101
             await service.settle()
 
     run(main())

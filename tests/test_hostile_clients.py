@@ -15,6 +15,7 @@ from aiohttp_cyclebreak import connections, guard_server, holders, setup
 
 from .service import (
     AIOHTTP,
+    HANDSHAKE,
     LOOPS,
     TIMEOUT,
     Client,
@@ -166,13 +167,7 @@ def post(path: str, length: int) -> bytes:
     return f"{head}\r\n\r\n".encode()
 
 
-UPGRADE = get(
-    "/websocket",
-    "Upgrade: websocket",
-    "Connection: Upgrade",
-    "Sec-WebSocket-Version: 13",
-    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-)
+UPGRADE = get("/websocket", *HANDSHAKE)
 TEXT_FRAME = b"\x81\x82\0\0\0\0hi"  # masked, as a client's must be
 
 

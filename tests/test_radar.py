@@ -32,6 +32,7 @@ from aiohttp_cyclebreak.counts import Counts
 from aiohttp_cyclebreak.radar import Watch, watch_of
 
 from .service import (
+    HANDSHAKE,
     LOOPS,
     TIMEOUT,
     Service,
@@ -362,13 +363,7 @@ def test_streams_and_websockets_that_run_are_not_reported() -> None:
                 await _open_stream(service, "/large/x"),
             ]
             upgrade = await service.connect()
-            await upgrade.get(
-                "/websocket/x",
-                "Upgrade: websocket",
-                "Connection: Upgrade",
-                "Sec-WebSocket-Version: 13",
-                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-            )
+            await upgrade.get("/websocket/x", *HANDSHAKE)
             while running < 3:
                 await asyncio.sleep(0.001)
             await spin()

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from aiohttp_cyclebreak import guard_server
 
-from ..service import LOOPS, TIMEOUT, Service, alive, no_collector, run
+from ..service import HANDSHAKE, LOOPS, TIMEOUT, Service, alive, no_collector, run
 from ..test_diagnostics import normalized
 from .compare import BARE, GUARDED, Install, keeps_itself, without_what_differs
 
@@ -54,18 +54,11 @@ def talk(connect: Connect, lines: Tuple[str, ...]) -> str:
 
 
 CLOSE = "Connection: close"
-UPGRADE = (
-    "GET /upgrade HTTP/1.1",
-    "Connection: Upgrade",
-    "Upgrade: websocket",
-    "Sec-WebSocket-Version: 13",
-    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-)
 REQUESTS = [
     ("GET /refuse HTTP/1.1", CLOSE),
     ("GET /fail HTTP/1.1", CLOSE),
     ("GET /missing HTTP/1.1", CLOSE),
-    UPGRADE,
+    ("GET /upgrade HTTP/1.1", *HANDSHAKE),
 ] * 2
 
 
