@@ -309,19 +309,19 @@ def _follow_swallowed(
         complain("looking for what was swallowed")
 
 
-def leave_alone(request: web.BaseRequest, kept: bool) -> None:
+def leave_alone(request: web.BaseRequest, left_alone: bool) -> None:
     """Leave the exceptions of a request alone, or no longer.
 
     If they are, then those of the one that it is a clone of as well: that is what outer
     layers see.
     """
     try:
-        original = internals.original_of(request) if kept else request
+        original = internals.original_of(request) if left_alone else request
         for each in [request] if original is request else [request, original]:
             followed = follow(each, None)
             # One of very many clones is followed as its original.
-            if followed is not None and (kept or followed.request is each):
-                followed.kept = kept
+            if followed is not None and (left_alone or followed.request is each):
+                followed.left_alone = left_alone
     except Exception:
         complain("opting out")
 

@@ -97,7 +97,7 @@ class FollowedRequest(Holder):
         "ended",
         "is_scheduled",
         "limit",
-        "kept",
+        "left_alone",
     )
 
     def __init__(
@@ -119,7 +119,7 @@ class FollowedRequest(Holder):
         self.ended: List[ref[asyncio.Task[Any]]] = []
         self.is_scheduled = False
         self.limit = MOST_NOTED
-        self.kept = False
+        self.left_alone = False
 
     def add_options(self, options: Options) -> None:
         for each in self.options:
@@ -201,7 +201,7 @@ class FollowedRequest(Holder):
             # task: a cycle.  So it is neither severed nor held; the task has it.
             in_use.exceptions.update(look_into(ended, lists=True).exceptions)
             older = [exc for exc in out if id(exc) not in in_use.exceptions]
-            if not self.kept:
+            if not self.left_alone:
                 self._sever(older, Emptied(), in_use)
         except Exception:
             complain("severing a request that goes on")
@@ -221,7 +221,7 @@ class FollowedRequest(Holder):
                 self.note(kept)
             if self.ended:
                 self._note_outcomes()
-            asks_nobody = self.are_default and not self.kept
+            asks_nobody = self.are_default and not self.left_alone
             for serving in self.calls:
                 if asks_nobody and not serving.over and serving.unread():
                     _look_later(serving)
@@ -233,7 +233,7 @@ class FollowedRequest(Holder):
             connection.following -= 1
             if connection.later:
                 connection.sever_later_ones()
-            if not self.kept:
+            if not self.left_alone:
                 dropped = self._drop(task)
                 if dropped and self.exceptions[0] is not internals.response_of(task):
                     # In the context of the request: finalizers find its variables.
