@@ -164,8 +164,10 @@ class Holder:
 
     def __init__(self, task: "asyncio.Future[Any]") -> None:
         self.task: ref[Any] = ref(task)
-        self.is_looked_at = False  # soon, for what was swallowed
-        self.timer: Optional[asyncio.TimerHandle] = None  # and what is not yet
+        # Whether the event loop is to look for what was swallowed, and the timer that
+        # has it look again for what was not yet.
+        self.is_looked_at = False
+        self.timer: Optional[asyncio.TimerHandle] = None
         self.pause = FIRST_PAUSE
         self.exceptions: List[BaseException] = []
         # By the id of each of those, the ids of it and of what it leads to; and by each
