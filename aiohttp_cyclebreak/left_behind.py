@@ -113,8 +113,6 @@ class Watch:
                 _undo.append(gc.enable)
         gc.disable()
         self._old = {id(each): _reference(each) for each in self._instances()}
-        self.made = 0
-        self.collections.clear()
         _count(self)
 
     def end(self) -> None:
