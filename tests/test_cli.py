@@ -290,6 +290,7 @@ LEAKS = {each.id: each for each in CATALOGUE}
 KEPT, CLEAN = Count(4, 4, 4, 0, 100), Count(4, 4, 0, 0, 0)
 LITTLE = Count(40, 40, 1, 0, 1)
 NO_REQUEST = Count(4, 0, 0, 0, 1)
+HELD = Count(4, 4, 4, 4, 100)
 SERVER, CLIENT = "stopped by guard_server", "stopped by client_cyclebreak"
 
 
@@ -299,6 +300,8 @@ SERVER, CLIENT = "stopped by guard_server", "stopped by client_cyclebreak"
         ("no-route", KEPT, CLEAN, ["1.0 -> 0", " 25 -> 0", "stopped"]),
         ("gateway/refused/swallow", KEPT, CLEAN, ["1.0 -> 0", " 25 -> 0", CLIENT]),
         ("no-route", CLEAN, CLEAN, ["  0 -> 0", "  0 -> 0", "not in this version"]),
+        # What is held is another leak's, and so is the garbage beside it.
+        ("no-route", HELD, CLEAN, ["  0 -> 0", " 25 -> 0", "not in this version"]),
         ("unseen/probe-reset", NO_REQUEST, CLEAN, ["  0 -> 0", " <1 -> 0", SERVER]),
         ("no-route", KEPT, NO_REQUEST, ["1.0 -> 0", " 25 -> <1", "LEFT"]),
         ("no-route", KEPT, LITTLE, ["1.0 -> <0.1", " 25 -> <1", "LEFT"]),

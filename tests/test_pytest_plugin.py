@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from array import array
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Dict, List
@@ -326,6 +327,18 @@ def test_marked_sync():
     pass
 
 
+@pytest.fixture
+def ends_with_garbage():
+    yield
+    order = Order()
+    order.order = order
+
+
+@pytest.mark.no_request_cycles(requests=0, garbage=True)
+def test_marked_fixture(ends_with_garbage):
+    pass
+
+
 async def test_soak(client, soak):
     await soak(lambda: get(client, "/fail", 1))
 
@@ -381,6 +394,7 @@ async def test_soak_objects(client, soak):
         "test_marked_too_few": "FAILED",
         "test_marked_close": "ERROR" if late else "PASSED",
         "test_marked_sync": "PASSED",
+        "test_marked_fixture": "PASSED",
         "test_soak": "PASSED",
         "test_soak_cycle": "FAILED",
         "test_soak_permanent": "FAILED",
@@ -1026,6 +1040,73 @@ def test_what_was_there_before_is_not_blamed() -> None:
             run(main(True))
         assert not gc.isenabled()
     assert old.itself is old
+
+
+def test_what_was_there_before_is_let_go_of() -> None:
+    """The watch of a marked test is kept to the end of the session."""
+    old = NoReferences()
+    references = sys.getrefcount(old)
+    watch = Watch(cls=NoReferences)
+    watch.begin()
+    watch.end()
+    assert sys.getrefcount(old) == references
+
+
+def test_another_one_begins_meanwhile() -> None:
+    """It frees nothing that the first one is to see."""
+
+    async def main() -> None:
+        async with _watching(requests=0, cls=NoReferences):
+            NoReferences()
+            async with _watching(requests=0):
+                pass
+
+    with pytest.raises(pytest.fail.Exception, match="1 object left behind"):
+        run(main())
+
+
+@pytest.mark.parametrize(
+    ("module", "is_told"),
+    [
+        ("_pytest.unraisableexception", False),
+        ("aiohttp.test_utils", False),
+        ("aiohttp.web", True),
+        ("app", True),
+    ],
+)
+def test_who_may_collect(module: str, is_told: bool) -> None:
+    """What runs the tests does, once all is over."""
+    code = "import gc\n\ndef collect():\n    gc.collect()\n\ncollect()"
+
+    async def main() -> None:
+        async with _watching(requests=0):
+            exec(code, {"__name__": module})
+
+    told = "collector ran 1 time meanwhile .called by collect ."
+    with pytest.raises(pytest.fail.Exception, match=told) if is_told else nullcontext():
+        run(main())
+
+
+@pytest.mark.parametrize(
+    ("number", "more"), [(1, []), (3, []), (4, ["and 1 more chain"])]
+)
+def test_what_is_held_is_told_before_other_garbage(
+    number: int, more: List[str]
+) -> None:
+    """By a few chains that differ, and how many more there are."""
+    kept: List[Any] = []
+
+    async def main() -> None:
+        async with _watching(requests=0, cls=NoReferences, garbage=True):
+            for depth in range(number):
+                kept.append(NoReferences())
+                for _ in range(depth):
+                    kept[-1] = [kept[-1]]
+
+    with pytest.raises(pytest.fail.Exception, match=f"^{number} object.*held") as told:
+        run(main())
+    lines = str(told.value).splitlines()
+    assert [line for line in lines if "more chain" in line] == more
 
 
 @pytest.mark.parametrize("cls", [web.StreamResponse, web.HTTPBadRequest])
