@@ -120,6 +120,14 @@ async def hang_up(request):
     return response
 
 
+async def upgrade(request):
+    websocket = web.WebSocketResponse()
+    await websocket.prepare(request)
+    async for message in websocket:
+        pass
+    return websocket
+
+
 async def drop(request):
     request.transport.abort()
     return web.Response()
@@ -165,6 +173,19 @@ async def count(request):
     return web.Response(text=str(sum(received)))
 
 
+noted = []
+
+
+async def note(request):
+    headers = [f"{name.lower()}: {each}" for name, each in request.headers.items()]
+    noted.append([headers, await request.text()])
+    return web.Response()
+
+
+async def tell_noted(request):
+    return web.json_response(noted)
+
+
 async def argv(request):
     return web.Response(text=str(sys.argv))
 
@@ -178,8 +199,10 @@ def create_app(*args, **named):
     app["told"] = f"{args} {named}"
     app.router.add_post("/upload", upload)
     app.router.add_post("/receive", receive)
+    app.router.add_route("*", "/note", note)
     handlers = move, hold, cycle, collect, switch_on, allocate, drop, stream, die
-    for handler in (*handlers, hold_the_first, hang_up, visit, count, argv, told):
+    others = hold_the_first, hang_up, upgrade, visit, count, tell_noted, argv, told
+    for handler in (*handlers, *others):
         app.router.add_get(f"/{handler.__name__}", handler)
     return app
 
@@ -220,6 +243,16 @@ def from_options(**options):
 def create_guarded():
     app = create_app()
     app.middlewares.append(cyclebreak())
+    return app
+
+
+def create_cleaned_up(path):
+    async def clean_up(app):
+        with open(path, "a") as file:
+            print(os.environ["AIOHTTP_CYCLEBREAK"], file=file)
+
+    app = create_app()
+    app.on_cleanup.append(clean_up)
     return app
 
 
@@ -639,6 +672,16 @@ def test_an_application_is_served(target: str, told: str, folder: str) -> None:
             assert response.read().decode() == told
 
 
+def test_an_application_is_cleaned_up(folder: str) -> None:
+    """It may have to give back something that outlives its process."""
+    path = pathlib.Path(folder, "cleaned_up")
+    plan = Plan(f"leaky:create_cleaned_up({str(path)!r})", (), (), folder)
+    for guarded in (False, True):
+        with check._started(plan, guarded):
+            pass
+    assert path.read_text() == "off\non\n"
+
+
 @pytest.mark.parametrize(
     ("keep_alive", "answers"),
     [(False, {"200": 12}), (True, {"200": 3, "208": 9})],
@@ -669,12 +712,71 @@ def test_a_server_that_hangs_up_is_called_again(folder: str) -> None:
         assert (run.answers, run.served) == ([{"200": 5}], 5)
 
 
-def test_the_client_vanishes_after_so_many_bytes(folder: str) -> None:
+def test_no_request_is_sent_twice(folder: str) -> None:
+    """Its connection is a new one, where the server has said that it hangs up."""
+    last = Request("GET", "/told", (("Connection", "close"),))
+    requests = (last, Request("GET", "/drop"))
+    plan = Plan("leaky:app", requests, (), folder, 5, keep_alive=True)
+    report = check.run(plan)
+    for run in (report.bare, report.guarded):
+        assert (run.answers, run.served) == ([{"200": 5}, {"none": 5}], 10)
+
+
+def test_a_websocket_has_its_connection_to_itself(folder: str) -> None:
+    """No other request is sent through it."""
+    headers = (
+        *(("Upgrade", "websocket"), ("Connection", "upgrade")),
+        *(("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", "A" * 22 + "==")),
+    )
+    request = Request("GET", "/upgrade", headers)
+    plan = Plan("leaky:app", (request,), (), folder, 5, keep_alive=True)
+    report = check.run(plan)
+    for run in (report.bare, report.guarded):
+        assert (run.answers, run.served) == ([{"101": 5}], 5)
+
+
+@pytest.mark.parametrize(
+    ("request_", "headers"),
+    [
+        (Request("GET", "/note"), ["host: 127.0.0.1:{}"]),
+        (Request("GET", "/note", (("host", "a"),)), ["host: a"]),
+        (Request("POST", "/note"), ["host: 127.0.0.1:{}", "content-length: 0"]),
+        (
+            Request("DELETE", "/note", (), b"body"),
+            ["host: 127.0.0.1:{}", "content-length: 4"],
+        ),
+        (
+            Request("PUT", "/note", (("content-length", "4"),), b"body"),
+            ["host: 127.0.0.1:{}", "content-length: 4"],
+        ),
+    ],
+    ids=lambda each: each.method if isinstance(each, Request) else "",
+)
+def test_no_header_is_added_but_what_is_needed(
+    request_: Request, headers: List[str], folder: str
+) -> None:
+    """What an application does may depend on any of them."""
     plan = Plan("leaky:app", chdir=folder)
+    with check._started(plan, False) as (process, answer):
+        port = answer["port"]
+        client = check._Client(plan, process, port)
+        assert client.send([request_]) == {(request_, "200"): 1}
+        url = f"http://127.0.0.1:{port}/tell_noted"
+        with urllib.request.urlopen(url) as response:
+            told = json.load(response)
+    sent = [each.format(port) for each in headers]
+    assert told == [[sent, request_.body.decode()]]
+
+
+def test_the_client_vanishes_after_so_many_bytes(folder: str) -> None:
+    plan = Plan("leaky:app", chdir=folder, keep_alive=True)
     request = Request("POST", "/receive", (), bytes(100_000), 12_345)
     with check._started(plan, False) as (process, answer):
         client = check._Client(plan, process, answer["port"])
         assert client.send([request]) == {(request, "aborted"): 1}
+        other = Request("GET", "/told")
+        assert client.send([other]) == {(other, "200"): 1}
+        client.close()
         url = f"http://127.0.0.1:{answer['port']}/count"
         with urllib.request.urlopen(url) as response:
             assert response.read() == b"12345"
