@@ -386,6 +386,7 @@ def test_a_leak_is_counted_and_stopped(folder: str) -> None:
     assert bare["garbage"]["traceback"] > 0
     assert all(chain["kind"] == "delayed" for chain in bare["chains"])
     assert bare["chains"]
+    assert all("web_request.Request" in chain["text"] for chain in bare["chains"])
     assert (guarded["left"], guarded["garbage"], guarded["chains"]) == (0, {}, [])
     if "--plot" in str(args):
         drawn = picture.read_text()
@@ -495,6 +496,23 @@ def test_other_garbage_counts_if_asked_for(folder: str) -> None:
     assert dataclasses.replace(report, plan=plan).is_clean
 
 
+def test_only_a_transport_itself_is_asyncios() -> None:
+    """And not what is the application's and hangs on it, as its protocol does."""
+
+    class Transport(asyncio.Transport):
+        pass
+
+    class Protocol(asyncio.Protocol):
+        pass
+
+    protocol, transport = Protocol(), Transport()
+    own, other, parts = transport.close, protocol.eof_received, [protocol]
+    vars(transport).update(own=own, other=other, parts=parts)
+    garbage = [protocol, transport, vars(transport), own, other, parts]
+    of_asyncio = [transport, vars(transport), own, parts]
+    assert check_process._of_asyncio(garbage) == set(map(id, of_asyncio))
+
+
 def test_the_growth_is_that_of_one_request() -> None:
     assert check._slope([(0.0, 0, 1000), (0.1, 10, 3000), (0.2, 20, 5000)]) == 200
     assert check._slope([]) is None
@@ -596,6 +614,10 @@ def test_a_lasting_task_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> N
             lasting.append(asyncio.ensure_future(asyncio.Event().wait()))
         return web.Response()
 
+    async def take_its_turns() -> None:
+        for _ in range(500):
+            await asyncio.sleep(0)
+
     async def main() -> None:
         app = web.Application()
         app.router.add_get("/", start)
@@ -611,7 +633,7 @@ def test_a_lasting_task_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> N
             ended = await server.end(collector=False)
             assert (ended["busy"], ended["served"]) == (1, 1)
             # Another one is waited for.
-            other = asyncio.ensure_future(asyncio.sleep(0.01))
+            other = asyncio.ensure_future(take_its_turns())
             await server.begin(collector=False)
             assert other.done()
             await server.end(collector=False)
