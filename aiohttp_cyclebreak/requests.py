@@ -210,6 +210,16 @@ class FollowedRequest(Holder):
         for exc in look_into(_alive(self.ended), lists=True).exceptions.values():
             self.note(exc)
 
+    def _note_error_of_websocket(self, response: Any) -> None:
+        """Note why a websocket that its handler has returned open was not closed well.
+
+        aiohttp closes it after all middlewares, and its client may have hung up.
+        """
+        if internals.is_websocket_of(self.request, response):
+            error = internals.error_of_websocket(response)
+            if error is not None:
+                self.note(error)
+
     def done(self, task: "asyncio.Future[Any]") -> None:
         _end_once_told(self, task)
 
@@ -219,6 +229,8 @@ class FollowedRequest(Holder):
             self.request.__dict__.pop(FOLLOWED, None)
             for kept in internals.kept_exceptions(self.request):
                 self.note(kept)
+            if hdrs.UPGRADE in self.request.headers:
+                self._note_error_of_websocket(internals.response_of(task))
             if self.ended:
                 self._note_outcomes()
             asks_nobody = self.are_default and not self.left_alone

@@ -466,6 +466,47 @@ def test_a_websocket_whose_client_breaks_the_protocol_unread(
 
 
 @pytest.mark.parametrize("guard", GUARDS)
+def test_a_websocket_that_is_returned_open_and_whose_client_hangs_up(
+    guard: str,
+) -> None:
+    """It is closed after all middlewares, and keeps why that has failed."""
+
+    async def main(guard: Guard) -> Any:
+        errors: List[type] = []
+
+        class Websocket(web.WebSocketResponse):
+            async def close(self, **options: Any) -> bool:  # type: ignore[override]
+                try:
+                    return await super().close(**options)
+                finally:
+                    errors.append(type(self.exception()))
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            websocket = Websocket()
+            await websocket.prepare(request)
+            return websocket
+
+        app = web.Application()
+        app.router.add_get("/", handler)
+        guard(app)
+        with no_collector():
+            before = len(alive()), len(alive(Websocket))
+            async with serve(app) as service:
+                client = await service.connect()
+                await client.get("/", *HANDSHAKE)
+                assert (await client.answer())[0] == 101
+                client.close()
+                await service.settle()
+                left = len(alive()) - before[0], len(alive(Websocket)) - before[1]
+                return left, errors
+
+    left, errors = run(main(lambda app: None))
+    assert left == (1, 1)
+    assert errors != [type(None)]
+    assert run(main(GUARDS[guard])) == ((0, 0), errors)
+
+
+@pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("error", [ValueError, web.HTTPBadRequest])
 def test_a_heartbeat_closes_what_the_handler_left_open(
     error: Type[Exception], guard: str
