@@ -259,19 +259,21 @@ class Connection:
         """Sever what was kept for later, but for what somebody still has in hand."""
         later, self.later = self.later, {}
         keeping_connections.pop(self.key, None)
-        clear_frames = all(clear for _, clear, _ in later.values())
         roots = [exc for exc, _, _ in later.values()]
         sorted_out = sort_out(roots)
         still = [exc for exc in roots if somebody_has(exc)]
         still += [exc for exc in sorted_out.in_flight if id(exc) in later]
         for exc in still:
-            self.keep_for_later([exc], clear_frames, later[id(exc)][2])
+            self.keep_for_later([exc], *later[id(exc)][1:])
         # Only those: what they lead to may be kept for good, or others may sever it.
         ready = [exc for _, own in sorted_out.ready for exc in own]
         spared = sorted_out.spared
         spared.exceptions += [exc for exc in ready if id(exc) not in later]
         own = [exc for exc in ready if id(exc) in later]
-        sever(own, clear_frames=clear_frames, spared=spared)
+        # Each as its request's options have it: its text stays, or its locals.
+        for clear_frames in (True, False):
+            as_asked = [exc for exc in own if later[id(exc)][1] is clear_frames]
+            sever(as_asked, clear_frames=clear_frames, spared=spared)
 
     def _sever_cancellation(self, task: "asyncio.Future[Any]") -> None:
         """Sever what a connection was cancelled with while it sent a response.

@@ -2146,6 +2146,63 @@ def test_what_another_task_had_in_hand_goes_when_the_connection_goes_on() -> Non
         assert run(main()) == [["/"], ["/"]]
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_what_other_tasks_had_in_hand_goes_as_its_own_request_has_it(
+    goes_on: bool,
+) -> None:
+    """With ``clear_frames=False`` for one of them the other keeps its text."""
+
+    async def main() -> List[Tuple[bool, bool]]:
+        done = asyncio.Event()
+        errors = {"/text": ValueError(), "/locals": ValueError()}
+
+        async def work(error: Exception) -> None:
+            try:
+                raise error
+            except ValueError:
+                await done.wait()
+
+        async def fail(request: web.Request) -> web.Response:
+            raise errors[f"/{request.path.split('/')[1]}"]
+
+        @web.middleware
+        async def answer(request: web.Request, handler: Any) -> web.StreamResponse:
+            try:
+                return await handler(request)  # type: ignore[no-any-return]
+            except ValueError:
+                return web.Response(status=502)
+
+        app = application(answer)
+        for prefix, options in ("/text", {}), ("/locals", {"clear_frames": False}):
+            below = application(cyclebreak(**options))
+            below.router.add_get("/fail", fail)
+            app.add_subapp(prefix, below)
+        async with serve(app) as service:
+            tasks = [asyncio.ensure_future(work(each)) for each in errors.values()]
+            client = await service.connect()
+            frames = []
+            for prefix, error in errors.items():
+                assert await ask(client, f"{prefix}/fail") == 502
+                frames += [
+                    frame
+                    for frame, _ in traceback.walk_tb(error.__traceback__)
+                    if frame.f_code.co_name == "fail"
+                ]
+                if goes_on:  # another one's end comes in between
+                    assert await ask(client, "/text/missing") == 404
+            done.set()
+            await asyncio.gather(*tasks)
+            client.close()
+            await service.settle()
+            return [
+                (error.__traceback__ is not None, bool(frame.f_locals))
+                for error, frame in zip(errors.values(), frames)
+            ]
+
+    with no_collector():
+        assert run(main()) == [(True, False), (False, True)]
+
+
 class TaskOfItsOwn:
     """All that asyncio asks of the current task; it has no coroutine to show."""
 
