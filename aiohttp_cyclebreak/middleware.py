@@ -59,10 +59,11 @@ def cyclebreak(
             an exception that one of those locals keeps then stays with its frame.
         keep: called with the request and an exception, each cause, context and
             member of a group too, before it is severed; where it returns true, the
-            exception and all that it leads to are left exactly as they were.
+            exception and all that it leads to are left exactly as they were.  Another
+            request that has raised the same instance is asked for itself.
         on_break: called with a :class:`BreakEvent` after each severing at the end of
-            a request.  What a task still has in hand then is severed later, and nobody
-            is told of that.
+            a request, once for each guard of the request that it was given to.  What a
+            task still has in hand then is severed later, and nobody is told of that.
         release_body: let go of a request's body, read or not, and of its parsed form
             once the response is sent, whoever has the request.  Whoever reads it then
             gets a :class:`BodyReleasedError`.  With False only a body that was read is

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, Optional, Type
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import BreakEvent, setup
+from aiohttp_cyclebreak import BreakEvent, keep_cycles, setup
 
 from .service import AIOHTTP, TIMEOUT, alive, go_away, no_collector, run, serve, spin
 from .test_next_request import (
@@ -141,6 +141,33 @@ def test_locals_that_somebody_keeps_to_evaluate_an_expression(guard: str) -> Non
     names = set(_kept(guard, fail, _locals_where_raised))
     is_empty = guard != "bare" and sys.version_info >= (3, 13)
     assert ("answer" not in names) is is_empty
+
+
+@pytest.mark.parametrize("guard", ["bare", "keep", "keep_cycles"])
+def test_what_another_request_is_to_keep(guard: str) -> None:
+    """One that keeps nothing has raised the same instance, and ends after it."""
+    failure = ValueError()
+
+    async def fail(request: web.Request) -> web.Response:
+        raise failure
+
+    async def main() -> List[bool]:
+        app = application()
+        app.router.add_get("/kept", keep_cycles(fail) if "cycles" in guard else fail)
+        app.router.add_get("/other", fail)
+        if guard == "keep":
+            setup(app, keep=lambda request, exc: request.path == "/kept")
+        elif guard == "keep_cycles":
+            setup(app)
+        has_locals = []
+        async with serve(app) as service:
+            for path in ("/kept", "/other"):
+                assert (await service.ask(path))[0] == 500
+                await service.settle()
+                has_locals.append("request" in _locals_where_raised(failure))
+        return has_locals
+
+    assert run(main()) == [True, guard == "bare"]
 
 
 @pytest.mark.parametrize("guard", ["bare", *GUARDS])
