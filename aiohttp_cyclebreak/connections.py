@@ -118,7 +118,8 @@ class Connection:
         # its locals.  A request forgets the task before that, from 3.11.14 on.
         self.coroutine: Any = internals.connection_coroutine(task)
         self.frame: Optional[FrameType] = getattr(self.coroutine, "cr_frame", None)
-        self.errors: List[BaseException] = []  # of aiohttp's parser
+        # Of aiohttp's parser, and whether to clear their frames.
+        self.errors: List[Tuple[BaseException, bool]] = []
         # Releases a body that came after the answer, and says whether it has.
         self.unread: Optional[Callable[[], bool]] = None
         # Exceptions that somebody had in hand, whether to clear their frames, and the
@@ -305,8 +306,8 @@ class Connection:
                 self.sever_later_ones()
             for exc, clear_frames, kept in self.later.values():
                 leave([exc], clear_frames, kept)
-            for error in self.errors:
-                sever(graph(error))
+            for error, clear_frames in self.errors:
+                sever(graph(error), clear_frames=clear_frames)
         except Exception:
             complain("severing a connection")
         finally:
@@ -366,12 +367,12 @@ def unread_has_come(reference: "ref[Connection]") -> None:
         task.get_loop().call_soon(connection.release_unread, context=Context())
 
 
-def note_parser_error(task: Any, exc: BaseException) -> None:
+def note_parser_error(task: Any, exc: BaseException, clear_frames: bool) -> None:
     """Remember an exception that made a connection end without any request."""
     try:
         connection = _connection_of(task)
         if connection is not None:
-            connection.errors.append(exc)
+            connection.errors.append((exc, clear_frames))
     except Exception:
         complain("noting a parser's error")
 

@@ -50,6 +50,9 @@ def guard_server(
         on_break: as for :func:`cyclebreak`.
         release_body: as for :func:`cyclebreak`.
 
+    Of a malformed request, which has nothing to give to *keep* and *on_break*, neither
+    is asked or told.
+
     Called twice for one runner, it does nothing the second time, be it with the same
     options or without any.  With ``AIOHTTP_CYCLEBREAK=off`` it does nothing at all,
     which is logged.
@@ -101,7 +104,7 @@ def guard_server(
         server,
         options,
         connected=follow_connection,
-        refused=note_parser_error,
+        refused=lambda task, exc: note_parser_error(task, exc, clear_frames),
         lost=lambda request, exc: note(request, exc, options),
         around=lambda handler: _guarded(handler, options),
     )

@@ -8,7 +8,7 @@ import socket
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, AsyncIterator, List
+from typing import Any, AsyncIterator, List, Optional
 
 import pytest
 from aiohttp import web, web_protocol
@@ -609,6 +609,54 @@ def test_a_malformed_request_is_answered_and_logged_as_before() -> None:
     bare = run(main(guarded=False))
     assert bare[0].startswith(b"400")
     assert run(main(guarded=True)) == bare
+
+
+@pytest.mark.parametrize("clear_frames", [None, True, False])
+def test_a_malformed_request_is_severed_as_the_options_have_it(
+    clear_frames: Optional[bool],
+) -> None:
+    """A log handler that keeps the record has the locals, where they are to stay."""
+    kept: List[Any] = []
+
+    class Keeps(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.exc_info is not None:
+                kept.append(record.exc_info)
+
+    async def main() -> None:
+        runner = web.AppRunner(application())
+        await runner.setup()
+        if clear_frames is not None:
+            guard_server(runner, clear_frames=clear_frames)
+        service = await start(runner)
+        client = await service.connect()
+        await client.send(b"not HTTP\r\n\r\n")
+        assert (await client.answer())[0] == 400
+        client.close()
+        await service.settle()
+        await runner.cleanup()
+
+    handler = Keeps()
+    logger = logging.getLogger("aiohttp.server")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.DEBUG)  # as newer releases log it
+    try:
+        with no_collector():
+            before = len(alive(web.RequestHandler))
+            run(main())
+            ((_, error, entry),) = kept
+            frames = [frame for frame, _ in traceback.walk_tb(entry)]
+            has_locals = "self" in frames[0].f_locals
+            assert has_locals is (clear_frames is not True)
+            assert (error.__traceback__ is None) is (clear_frames is False)
+            del error, entry, frames
+            kept.clear()
+            left = len(alive(web.RequestHandler)) - before
+            assert left == (clear_frames is None)
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def test_a_connection_goes_by_the_name_it_had() -> None:
