@@ -196,6 +196,35 @@ def test_what_is_to_be_kept_of_a_clone(is_guarded: bool) -> None:
     assert ("request" in _locals_where_raised(failure)) is not is_guarded
 
 
+@pytest.mark.parametrize("clear_frames", [None, True, False])
+def test_the_traceback_that_another_request_would_leave(
+    clear_frames: Optional[bool],
+) -> None:
+    """One with other options has raised the same instance, and ends after it."""
+    failure = ValueError()
+
+    async def fail(request: web.Request) -> web.Response:
+        raise failure
+
+    async def main() -> List[bool]:
+        app = application()
+        for prefix, clears in ("/text", True), ("/other", clear_frames):
+            below = web.Application()
+            below.router.add_get("/", fail)
+            if clear_frames is not None:
+                setup(below, clear_frames=bool(clears))
+            app.add_subapp(prefix, below)
+        has_text = []
+        async with serve(app) as service:
+            for path in ("/text/", "/other/"):
+                assert (await service.ask(path))[0] == 500
+                await service.settle()
+                has_text.append(failure.__traceback__ is not None)
+        return has_text
+
+    assert run(main()) == [True, clear_frames is not False]
+
+
 @pytest.mark.parametrize("guard", ["bare", *GUARDS])
 def test_the_hint_of_a_name_error_that_is_formatted_late(guard: str) -> None:
     """From CPython 3.12 on it is looked for then, among the locals."""
