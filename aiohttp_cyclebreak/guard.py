@@ -152,6 +152,10 @@ def note(request: web.BaseRequest, exc: BaseException, options: Options) -> None
         followed = follow(request, options)
         if followed is not None:
             followed.note_here(exc)
+        if not options.are_silent:  # outer layers see what a clone was made of
+            original = internals.original_of(request)
+            if original is not request:
+                follow(original, options)
     except Exception:
         try:
             complain("noting an exception")

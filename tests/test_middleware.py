@@ -1,6 +1,7 @@
 """cyclebreak() and setup(): options, events, both ends, sub-applications, switch."""
 
 import asyncio
+import contextlib
 import gc
 import sys
 import traceback
@@ -787,6 +788,75 @@ def test_one_layer_with_an_option_is_asked_and_told(error: Any, is_inner: bool) 
     run(main())
     assert asked == [error]
     assert [event.exception for event in events] == [error]
+
+
+@pytest.mark.parametrize("is_guarded", [False, True])
+@pytest.mark.parametrize("option", ["keep", "clear_frames", "on_break"])
+def test_the_options_of_a_clone_are_asked_of_its_original(
+    option: str, is_guarded: bool
+) -> None:
+    """What an outer guard has seen is severed as an inner one is to, too."""
+    events: List[BreakEvent] = []
+    error = ValueError()
+    options: Dict[str, Any] = {
+        "keep": lambda request, exc: exc is error,
+        "clear_frames": False,
+        "on_break": events.append,
+    }
+
+    async def fail(request: web.Request) -> web.Response:
+        secret = "is here"
+        raise error if secret else AssertionError
+
+    @web.middleware
+    async def clone(request: web.Request, handler: Any) -> web.StreamResponse:
+        return await handler(request.clone())  # type: ignore[no-any-return]
+
+    async def main() -> None:
+        app = application(fail)
+        inner = cyclebreak(**{option: options[option]})
+        layers = [cyclebreak(), clone, inner] if is_guarded else [clone]
+        app.middlewares.extend(layers)
+        async with serve(app) as service:
+            assert (await service.ask("/item/a"))[0] == 500
+            await service.settle()
+
+    with no_collector():
+        run(main())
+    has_text = error.__traceback__ is not None
+    assert has_text is (not is_guarded or option != "clear_frames")
+    has_locals = has_text and "secret" in handler_locals(error)
+    assert has_locals is (not is_guarded or option == "keep")
+    told = [each.exception for each in events]
+    assert told == [ValueError] * (is_guarded and option == "on_break")
+
+
+@pytest.mark.parametrize("own", [{}, {"clear_frames": False}])
+def test_what_one_clone_asks_for_is_no_matter_of_another(own: Dict[str, Any]) -> None:
+    """Each is handled by an application's part that has options of its own."""
+    errors = [ValueError(), ValueError()]
+
+    async def fail(request: web.Request) -> web.Response:
+        raise errors[int(request.headers["number"])]
+
+    async def main() -> None:
+        parts = [cyclebreak(**own), cyclebreak()]
+
+        async def each(request: web.Request) -> web.Response:
+            for number, part in enumerate(parts):
+                clone = request.clone(headers={"number": str(number)})
+                with contextlib.suppress(ValueError):
+                    await part(clone, fail)
+            raise web.HTTPBadGateway
+
+        app = application(each)
+        setup(app)
+        async with serve(app) as service:
+            assert (await service.ask("/item/a"))[0] == 502
+            await service.settle()
+
+    run(main())
+    assert [each.__traceback__ is not None for each in errors] == [not own, True]
 
 
 def test_nothing_of_ours_outlives_the_connections() -> None:

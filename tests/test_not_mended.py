@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, Optional, Type
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import BreakEvent, cyclebreak, keep_cycles, setup
+from aiohttp_cyclebreak import BreakEvent, keep_cycles, setup
 
 from .service import AIOHTTP, TIMEOUT, alive, go_away, no_collector, run, serve, spin
 from .test_next_request import (
@@ -168,32 +168,6 @@ def test_what_another_request_is_to_keep(guard: str) -> None:
         return has_locals
 
     assert run(main()) == [True, guard == "bare"]
-
-
-@pytest.mark.parametrize("is_guarded", [False, True])
-def test_what_is_to_be_kept_of_a_clone(is_guarded: bool) -> None:
-    """A guard outside of the middleware that makes it has options of its own."""
-    failure = ValueError()
-
-    async def fail(request: web.Request) -> web.Response:
-        raise failure
-
-    @web.middleware
-    async def clone(request: web.Request, handler: Any) -> web.StreamResponse:
-        return await handler(request.clone())  # type: ignore[no-any-return]
-
-    async def main() -> None:
-        app = application(clone)
-        app.router.add_get("/fail", fail)
-        if is_guarded:
-            app.middlewares.insert(0, cyclebreak())
-            app.middlewares.append(cyclebreak(keep=lambda request, exc: True))
-        async with serve(app) as service:
-            assert (await service.ask("/fail"))[0] == 500
-            await service.settle()
-
-    run(main())
-    assert ("request" in _locals_where_raised(failure)) is not is_guarded
 
 
 @pytest.mark.parametrize("clear_frames", [None, True, False])
