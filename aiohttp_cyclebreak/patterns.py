@@ -15,6 +15,7 @@ __all__ = ("advise", "marks_of", "recognise")
 
 _FRAME, _TASK = "a frame of the application", "a task"
 _ERROR, _HTTP_ERROR = "an error", "an error that is a response"
+_LOW_LEVEL = "aiohttp.web_request.BaseRequest"
 
 # The first whose marks are all there is what a chain is; the catalogue's other leaks
 # come down to one of these.
@@ -132,7 +133,10 @@ def advise(kind: str, leak: Optional[str], marks: Set[str]) -> str:
     """What to do about a chain."""
     for each in CATALOGUE:
         if f"{each.id}/".startswith(f"{leak}/"):
-            advice = f"{_REMEDIES[each.remedy]}; {leak} of the catalogue: {each.title}."
+            remedy = each.remedy
+            if remedy is Remedy.MIDDLEWARE and _LOW_LEVEL in marks:
+                remedy = Remedy.SERVER  # a web.Server has no application
+            advice = f"{_REMEDIES[remedy]}; {leak} of the catalogue: {each.title}."
             if leak == "kept-local":
                 advice = f"{advice} {_SWALLOWED}"
             return f"{advice} {each.upstream}".rstrip()

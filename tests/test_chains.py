@@ -16,13 +16,13 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set
 import pytest
 from aiohttp import web
 
-from aiohttp_cyclebreak import naming, probe, setup
+from aiohttp_cyclebreak import guard_server, naming, probe, setup
 from aiohttp_cyclebreak.chains import Chain, Looking, chains, shortest_chain
 from aiohttp_cyclebreak.frames import COUNTS_ARE_EXACT
 from aiohttp_cyclebreak.leaks import CATALOGUE, Kind, Leak
 from aiohttp_cyclebreak.probe import Floor, measure
 
-from .service import AIOHTTP, run, serve
+from .service import AIOHTTP, run, serve, start
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -923,3 +923,33 @@ def test_the_advice_for_what_a_handler_swallows() -> None:
     (chain,) = run(main())
     assert chain.leak == "kept-local"
     assert "store the exception in the request" in chain.advice
+
+
+@pytest.mark.skipif(
+    (3, 9) <= sys.version_info < (3, 11), reason="the chain ends in C code of asyncio's"
+)
+def test_the_advice_for_a_low_level_server() -> None:
+    """It has no application, and so no middlewares that one could add to."""
+
+    async def refuse(request: web.BaseRequest) -> web.Response:
+        raise web.HTTPBadRequest
+
+    async def main(guarded: bool) -> List[Optional[Chain]]:
+        before = set(map(id, probe.requests_alive()))  # of leaks for good
+        runner = web.ServerRunner(web.Server(refuse))
+        await runner.setup()
+        if guarded:
+            guard_server(runner)
+        try:
+            service = await start(runner)
+            await service.ask()
+            await service.settle()
+            left = [each for each in probe.requests_alive() if id(each) not in before]
+            return chains(left)
+        finally:
+            await runner.cleanup()
+
+    (chain,) = run(main(guarded=False))
+    assert chain.leak in {"http-exception", "close-cancel"}  # it may have both
+    assert chain.advice.startswith("guard_server(runner) stops this; ")
+    assert run(main(guarded=True)) == []
