@@ -1758,7 +1758,9 @@ def test_a_response_that_is_read_too_late_by_another_request() -> None:
     async def main() -> None:
         nonlocal begun, ended
         begun, ended = asyncio.Event(), asyncio.Event()
-        async with gateway(handler, Upstream((OK,))) as fixture:
+        # Without that the next call may find its connection closed.
+        answer = OK.replace(b"OK", b"OK\r\nConnection: close")
+        async with gateway(handler, Upstream((answer,))) as fixture:
             reports = asyncio.ensure_future(fixture.service.ask("/reports"))
             await begun.wait()
             assert (await fixture.service.ask("/ends"))[0] == 200
