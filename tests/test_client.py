@@ -52,7 +52,9 @@ from .service import AIOHTTP, LOOPS, Service, alive, no_collector, run, serve, s
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+# An upstream closes after each answer. If it did not say so, the client would take
+# the connection for the next call as well, and might find it closed.
+OK = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok"
 HALF = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"
 NOT_HTTP = b"220 mail.example ESMTP\r\n\r\n"
 FAILURES = (aiohttp.ClientError, asyncio.TimeoutError)
@@ -232,7 +234,7 @@ class KeepAliveUpstream(Upstream):
 
     def _talk(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError):  # the test is over
-            super().answer(client, OK)
+            super().answer(client, OK.replace(b"Connection: close\r\n", b""))
             super().answer(client, b"")
 
 
@@ -240,7 +242,7 @@ class CutsFirst(Upstream):
     """Cuts the first attempt of each call, answers the second; one is held for good."""
 
     def __init__(self) -> None:
-        super().__init__((OK.replace(b"OK", b"OK\r\nConnection: close"),))
+        super().__init__((OK,))
         self.holds = False
         self._seen: Set[bytes] = set()
 
@@ -490,9 +492,7 @@ def test_one_session_and_a_connector_limit_for_many(loop: str) -> None:
     async def main(guarded: bool) -> Dict[str, int]:
         async with gateway(
             swallow,
-            Upstream(
-                (HALF, b"", OK.replace(b"OK", b"OK\r\nConnection: close"), NOT_HTTP)
-            ),
+            Upstream((HALF, b"", OK, NOT_HTTP)),
             guarded=guarded,
             connector=aiohttp.TCPConnector(limit=2),
         ) as fixture:
@@ -729,7 +729,7 @@ def test_other_tracing_and_classes_are_left_as_they_are() -> None:
         return "talked"
 
     async def main() -> None:
-        answers = (OK.replace(b"OK", b"OK\r\nConnection: close"), NOT_HTTP)
+        answers = (OK, NOT_HTTP)
         async with gateway(
             handler, Upstream(answers), trace_configs=[other], request_class=Request
         ) as fixture:
@@ -1234,7 +1234,7 @@ def test_an_exception_that_is_being_handled_is_left_whole() -> None:
     """Another call in the except block, which fails or not, is not the end of it."""
 
     async def main() -> None:
-        answers = (HALF, HALF, OK.replace(b"OK", b"OK\r\nConnection: close"))
+        answers = (HALF, HALF, OK)
         async with session_of(Upstream(answers)) as (session, url):
             try:
                 try:
@@ -1758,9 +1758,7 @@ def test_a_response_that_is_read_too_late_by_another_request() -> None:
     async def main() -> None:
         nonlocal begun, ended
         begun, ended = asyncio.Event(), asyncio.Event()
-        # Without that the next call may find its connection closed.
-        answer = OK.replace(b"OK", b"OK\r\nConnection: close")
-        async with gateway(handler, Upstream((answer,))) as fixture:
+        async with gateway(handler, Upstream((OK,))) as fixture:
             reports = asyncio.ensure_future(fixture.service.ask("/reports"))
             await begun.wait()
             assert (await fixture.service.ask("/ends"))[0] == 200
@@ -1962,8 +1960,7 @@ def test_successful_calls_leave_no_trace_of_themselves() -> None:
                 sizes.append(len(serving._followed))
             return "done"
 
-        answer = OK.replace(b"OK", b"OK\r\nConnection: close")
-        async with gateway(handler, Upstream((answer,))) as fixture:
+        async with gateway(handler, Upstream((OK,))) as fixture:
             await fixture.ask()
         assert len(sizes) == 500
         assert max(sizes) <= 64
@@ -1987,7 +1984,7 @@ def test_it_is_made_once_for_many_sessions() -> None:
 
     async def main() -> None:
         trace = client_cyclebreak()
-        upstream = Upstream((OK.replace(b"OK", b"OK\r\nConnection: close"),))
+        upstream = Upstream((OK,))
         upstream.start()
         classes = set()
         try:
