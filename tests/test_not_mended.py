@@ -8,7 +8,8 @@ import contextlib
 import sys
 import traceback
 import weakref
-from typing import Any, Callable, Dict, List, Optional, Type
+from contextvars import ContextVar
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type
 
 import pytest
 from aiohttp import web
@@ -32,6 +33,8 @@ pytestmark = pytest.mark.usefixtures("few_objects")
 ERROR: Any = (
     web.RequestKey("error", Exception) if hasattr(web, "RequestKey") else "error"
 )
+
+ROWS: "ContextVar[str]" = ContextVar("rows")
 
 
 def test_what_is_stored_in_a_success_while_it_is_prepared() -> None:
@@ -214,6 +217,57 @@ def test_the_hint_of_a_name_error_that_is_formatted_late(guard: str) -> None:
     if guard == "bare" and not has_hint and sys.version_info < (3, 12):
         pytest.skip("there is none before, but for that of the exceptiongroup backport")
     assert has_hint is (guard == "bare")
+
+
+@pytest.mark.parametrize("guard", ["bare", *GUARDS])
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_the_task_and_the_context_that_a_finalizer_runs_in(
+    goes_on: bool, guard: str
+) -> None:
+    """It has no task; while its request goes on, a copy of the context too."""
+    found: List[Tuple[bool, str]] = []
+
+    def rows() -> Iterator[None]:
+        token = ROWS.set("open")
+        try:
+            yield
+        finally:
+            has_task = asyncio.current_task() is not None
+            try:
+                ROWS.reset(token)
+            except ValueError:
+                found.append((has_task, "a copy"))
+            else:
+                found.append((has_task, "its own"))
+
+    async def fail(request: web.Request) -> web.Response:
+        opened = rows()
+        next(opened)
+        raise ValueError
+
+    @web.middleware
+    async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except ValueError:
+            if not goes_on:
+                raise
+        await spin()
+        return web.Response(status=500)
+
+    async def main() -> None:
+        app = application(swallow)
+        app.router.add_get("/fail", fail)
+        with no_collector():
+            async with serve_under(guard, app) as service:
+                assert (await service.ask("/fail"))[0] == 500
+                await service.settle()
+
+    run(main())
+    if guard == "bare" or (goes_on and guard == "outermost"):  # which does not see it
+        assert found == [(True, "its own")]
+    else:
+        assert found == [(False, "a copy" if goes_on else "its own")]
 
 
 @pytest.mark.parametrize("use", [_keep, _read_locals])
