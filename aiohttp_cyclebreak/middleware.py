@@ -22,8 +22,9 @@ __all__ = ("cyclebreak", "setup")
 
 if TYPE_CHECKING:  # these have moved between the supported versions
     from aiohttp.typedefs import Handler, Middleware
-else:  # a framework may ask each middleware for its type hints
+else:  # a framework may ask each middleware for its type hints, or what makes one
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+    Middleware = Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]
 
 # What setup() made, to know it again.  Each has in an attribute what setup() was asked
 # for: a keep= may lead to the application, and would keep it if it were held here.

@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List, get_type_hints
 import pytest
 from aiohttp import web
 
+import aiohttp_cyclebreak
 from aiohttp_cyclebreak import (
     BreakEvent,
     Radar,
@@ -141,6 +142,14 @@ def test_a_middleware_tells_its_types() -> None:
         assert hints["request"] is web.Request
         assert hints["return"] is web.StreamResponse
         assert "handler" in hints
+
+
+@pytest.mark.parametrize("name", aiohttp_cyclebreak.__all__)
+def test_the_type_hints_of_what_is_public(name: str) -> None:
+    """As an injector or a generator of documents asks for them."""
+    public = getattr(aiohttp_cyclebreak, name)
+    own = public.__init__ if isinstance(public, type) else public
+    assert set(own.__annotations__) == set(get_type_hints(own))
 
 
 def test_setup_wants_an_application() -> None:
