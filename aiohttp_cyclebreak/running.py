@@ -6,7 +6,7 @@ import threading
 from types import CellType, CodeType, FrameType
 from typing import Any, Container, Iterator, List, Optional, Set, Tuple
 
-from .exceptions import exceptions_in, graph, traceback_of
+from .exceptions import exceptions_in, frames_of, graph
 from .frames import CO_RESUMABLE, goes_on
 from .tracebacks import is_all_empty
 
@@ -36,15 +36,11 @@ def in_flight(exc: BaseException, running: Container[int] = ()) -> bool:
     if is_all_empty(exc):
         return False
     executing: Set[int] = set()
-    traceback = traceback_of(exc)
-    while traceback is not None:
-        frame = traceback.tb_frame
-        if goes_on(frame):
-            if id(frame) not in running:
-                if frame.f_code.co_flags & CO_RESUMABLE:
-                    return True
-                executing.add(id(frame))
-        traceback = traceback.tb_next
+    for frame in frames_of(exc):
+        if id(frame) not in running and goes_on(frame):
+            if frame.f_code.co_flags & CO_RESUMABLE:
+                return True
+            executing.add(id(frame))
     return bool(executing) and not _have_threads_gone_on(executing, exc)
 
 
