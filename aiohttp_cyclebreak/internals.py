@@ -517,24 +517,14 @@ def original_of(request: Any) -> web.BaseRequest:
 def has_gone_on(earlier: Any, request: Any) -> bool:
     """Whether a connection is at this request, and done with an earlier one.
 
-    aiohttp: ``RequestHandler._current_request``, ``BaseRequest._protocol`` and
-    ``._payload_writer``, which clones share, 3.8 to 3.14.  Without them the answer is
-    no.
+    aiohttp: ``RequestHandler._current_request``, 3.8 to 3.14.  Without it the answer
+    is no.
 
     Args:
         earlier: the earlier one.
         request: a request, or a clone of it.
     """
-    try:
-        current = request._protocol._current_request
-        if current is request:
-            return earlier is not request
-        writer = request._payload_writer
-        if current is None or current._payload_writer is not writer:
-            return False
-        return earlier._payload_writer is not writer
-    except Exception:  # an application may pass on an object of its own as a request
-        return False
+    return _is_current(request) and not is_same(earlier, request)
 
 
 def is_being_answered(request: Any, task: "Optional[asyncio.Task[Any]]") -> bool:
