@@ -213,7 +213,12 @@ def note_http_exception(
         is_innermost: whether there is that one and others between, which may.
     """
     try:
-        if options.are_silent and not calls.are_followed:
+        if (
+            options.are_silent
+            and not calls.are_followed
+            # In a task of its own, the outermost may be through with the request.
+            and not (is_innermost and internals.own_task(request) is None)
+        ):
             task = connection_of_response(request)
             has_body = task is None and not options.release_body
             if has_body:

@@ -561,7 +561,7 @@ def connection_of_plain(
             and type(request._match_info) is _MatchInfo
         ):
             return request._task  # type: ignore[no-any-return]
-    except Exception:  # as above
+    except Exception:  # as in connection_of_response()
         pass
     return None
 

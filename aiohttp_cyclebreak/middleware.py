@@ -270,11 +270,7 @@ def _make_inner_layer(options: Options, outermost: "Middleware") -> "Middleware"
         try:
             return await handler(request)
         except HTTPException as exc:
-            # In a task of its own, the outermost may be through with the request.
-            if internals.own_task(request) is not None:
-                note_http_exception(request, exc, options, outermost, True)
-            else:
-                note(request, exc, options)
+            note_http_exception(request, exc, options, outermost, True)
             raise
         except BaseException as exc:
             note(request, exc, options)

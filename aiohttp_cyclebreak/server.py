@@ -149,10 +149,7 @@ async def guarded_middleware(
     except web.HTTPException as exc:
         options = internals.guard_options(request)
         if options is not None:
-            if internals.own_task(request) is not None:
-                note_http_exception(request, exc, options, None, True)
-            else:
-                note(request, exc, options)
+            note_http_exception(request, exc, options, None, True)
         raise
     except BaseException as exc:
         options = internals.guard_options(request)
