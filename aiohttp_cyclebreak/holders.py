@@ -237,7 +237,7 @@ class Holder:
         if swallowed:
             # With its causes, which may have been noted before it.
             self._take_out([exc for root in swallowed for exc in graph(root)])
-            self._tell_of_swallowed(swallowed)
+            self._tell_of_dropped(swallowed)
         return True
 
     def forget_swallowed(self) -> None:
@@ -264,8 +264,8 @@ class Holder:
         """Whether nothing but the count of references is to be asked."""
         return True
 
-    def _tell_of_swallowed(self, roots: List[BaseException]) -> None:
-        """Tell who counts what is severed."""
+    def _tell_of_dropped(self, roots: List[BaseException]) -> None:
+        """Have what goes by itself counted as severed."""
 
     def _stop_timer(self) -> None:
         """Have nothing wait any more, and hold the context of what has ended."""

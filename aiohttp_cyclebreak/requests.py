@@ -22,7 +22,6 @@ from .exceptions import (
     goes_by_itself,
     graph,
     leads_to,
-    traceback_of,
 )
 from .frames import (
     COUNTS_ARE_EXACT,
@@ -161,7 +160,7 @@ class FollowedRequest(Holder):
         # The frames of a websocket's handler are to be looked at.
         return self.are_default and hdrs.UPGRADE not in self.request.headers
 
-    def _tell_of_swallowed(self, roots: List[BaseException]) -> None:
+    def _tell_of_dropped(self, roots: List[BaseException]) -> None:
         if not any(options.listener for options in self.options):
             return
         for root in roots:
@@ -279,10 +278,7 @@ class FollowedRequest(Holder):
         Then the rest goes by itself, in a fraction of the time that severing takes.
         """
         connection = self.connection
-        if len(self.exceptions) != 1 or not self.are_default or not COUNTS_ARE_EXACT:
-            return False
-        # The frames of a websocket's handler are to be looked at.
-        if hdrs.UPGRADE in self.request.headers:
+        if len(self.exceptions) != 1 or not COUNTS_ARE_EXACT or not self._can_forget():
             return False
         exc = self.exceptions[0]
         response = internals.response_of(task)
@@ -293,16 +289,14 @@ class FollowedRequest(Holder):
             known = 6 + connection.holds(exc)
         if getrefcount(exc) != known or not goes_by_itself(exc):
             return False
-        # A response that was not raised up to aiohttp's frame was returned.
         if exc is response:
-            entry = traceback_of(exc)
-            if entry is None or entry.tb_frame.f_code is not HANDLE_REQUEST:
+            first = next(frames_of(exc), None)
+            # One that was not raised up to aiohttp's frame was returned.
+            if first is None or first.f_code is not HANDLE_REQUEST:
                 return False
-        if any(options.listener for options in self.options):
-            frames = sum(1 for _ in frames_of(exc))
-            self._tell(exc, Cut(exceptions=1, tracebacks=frames, frames=frames))
-        if exc is response:  # the traceback stays: somebody else may have it after all
-            empty_with_callers(next(frames_of(exc)))
+            # The traceback stays: somebody else may have it after all.
+            empty_with_callers(first)
+        self._tell_of_dropped([exc])
         return True
 
     def _sever(
