@@ -152,8 +152,8 @@ class Holder:
     __slots__ = (
         "exceptions",
         "frame_ids",
-        "in_hand",
         "is_looked_at",
+        "leading_to",
         "noted",
         "pause",
         "reference",
@@ -173,7 +173,7 @@ class Holder:
         # By the id of each of those, the ids of it and of what it leads to; and by each
         # of these, how many lead to it.
         self.noted: Dict[int, List[int]] = {}
-        self.in_hand: Dict[int, int] = {}
+        self.leading_to: Dict[int, int] = {}
         # By the id of an exception, its traceback, if that is long, and the ids of the
         # frames there.
         self.frame_ids: Dict[int, Tuple[Optional[TracebackType], Set[int]]] = {}
@@ -185,12 +185,12 @@ class Holder:
         self.exceptions.append(root)
         own = self.reference
         if own is None:
-            forget = partial(_forget_holder, self.in_hand)
+            forget = partial(_forget_holder, self.leading_to)
             own = self.reference = ref(self, forget)
         found = graph(root) if leads_on(root) else [root]
         self.noted[id(root)] = list(map(id, found))
         for key in self.noted[id(root)]:
-            number = self.in_hand[key] = self.in_hand.get(key, 0) + 1
+            number = self.leading_to[key] = self.leading_to.get(key, 0) + 1
             if number > 1:
                 continue
             with _changing:
@@ -276,9 +276,9 @@ class Holder:
     def _let_go(self) -> None:
         own = self.reference
         if own is not None:
-            for key in list(self.in_hand):
+            for key in list(self.leading_to):
                 _take_from_hand(key, own)
-            self.in_hand = {}
+            self.leading_to = {}
             self.noted = {}
             self.frame_ids = {}
             self.reference = None
@@ -300,9 +300,9 @@ class Holder:
     def _forget(self, root: int) -> None:
         for key in self.noted.pop(root):
             # Another thread may note something meanwhile: no number is relied on.
-            number = self.in_hand.pop(key, 1) - 1
+            number = self.leading_to.pop(key, 1) - 1
             if number:
-                self.in_hand[key] = number
+                self.leading_to[key] = number
                 continue
             self.frame_ids.pop(key, None)
             if self.reference is not None:
