@@ -368,7 +368,7 @@ def unread_has_come(reference: "ref[Connection]") -> None:
 
 
 def note_parser_error(task: Any, exc: BaseException, clear_frames: bool) -> None:
-    """Remember an exception that made a connection end without any request."""
+    """Remember what was wrong with a malformed request, which no middleware sees."""
     try:
         connection = _connection_of(task)
         if connection is not None:
