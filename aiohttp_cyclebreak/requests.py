@@ -326,7 +326,7 @@ class FollowedRequest(Holder):
             self._keep_error_of(task, sorted_out.kept)
         for root, own in sorted_out.ready:
             if in_use is None:  # or its websocket goes on
-                own += _release_websockets(self.request, own)
+                own += _release_websocket(self.request, own)
             cut = sever(
                 own,
                 clear_frames=self._clears_frames,
@@ -650,7 +650,7 @@ def _release_read_body(
     return False
 
 
-def _release_websockets(
+def _release_websocket(
     request: web.BaseRequest, exceptions: List[BaseException]
 ) -> List[BaseException]:
     """Release the websocket of a handler that raised, and so did not return it.
