@@ -36,7 +36,7 @@ from aiohttp import web
 
 from . import internals
 from .counts import module_of
-from .exceptions import mro_of
+from .exceptions import is_instance
 from .frames import COUNTS_ARE_EXACT
 from .naming import (
     attribute_name,
@@ -648,7 +648,7 @@ class _Search:
         if start is not None and cycle is None and kind != "unknown":
             objects = objects[start:]
             leading = None
-            kind = "permanent" if _is_application(objects[0]) else "live"
+            kind = "permanent" if is_instance(objects[0], web.Application) else "live"
         looped = [self._objects[each] for each in cycle or ()]
         whole = [*looped, *objects[1:]] if looped else objects
         links, loop = self._links(objects), self._links(looped)
@@ -718,16 +718,11 @@ def _frame_link(frame: FrameType, holds: str) -> Link:
     return Link(frame_name(frame), holds, frame.f_code.co_filename, frame.f_lineno)
 
 
-def _is_application(each: Any) -> bool:
-    # Not issubclass(): it is an abstract class, which remembers what it is asked.
-    return any(kind is web.Application for kind in mro_of(type(each)))
-
-
 def _start(objects: Sequence[Any]) -> Optional[int]:
     """Where to begin to tell: how one of these is held is no news."""
     for index in range(len(objects) - 2, -1, -1):
         each = objects[index]
-        if _is_application(each) or _is_open_loop(each):
+        if is_instance(each, web.Application) or _is_open_loop(each):
             return index
         if issubclass(type(each), asyncio.Task) and not each.done():
             return index

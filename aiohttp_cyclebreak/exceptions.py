@@ -35,6 +35,7 @@ __all__ = (
     "goes_by_itself",
     "graph",
     "is_exception",
+    "is_instance",
     "leads_on",
     "leads_to",
     "links_of",
@@ -148,6 +149,20 @@ def graph(root: BaseException) -> List[BaseException]:
 # Of a class, whose metaclass may lie as well.
 mro_of: Callable[[type], Tuple[type, ...]] = type.__dict__["__mro__"].__get__
 _NAMESPACE: Any = type.__dict__["__dict__"]
+
+
+def is_instance(value: object, cls: type) -> bool:
+    """Whether a value is of a class, without asking either.
+
+    Those of aiohttp's are abstract: :func:`isinstance` would ask the value's class for
+    its hash, and have them remember it.
+    """
+    # By identity: a metaclass may compare its classes as it likes.
+    for base in mro_of(type(value)):  # noqa: SIM110 - a generator takes longer
+        if base is cls:
+            return True
+    return False
+
 
 # Not of one call alone, and perhaps large.
 _NOT_ENTERED = (

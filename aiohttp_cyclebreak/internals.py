@@ -23,7 +23,7 @@ from aiohttp import client_reqrep, hdrs, web, web_app, web_protocol
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_urldispatcher import SystemRoute
 
-from .exceptions import frames_of, is_exception, mro_of, traceback_of
+from .exceptions import frames_of, is_exception, is_instance, traceback_of
 from .options import Options
 from .running import wrapped_coroutine
 
@@ -153,16 +153,7 @@ def is_request(value: object) -> bool:
 
     An application may give its handlers an object of its own in place of it.
     """
-    return _is_of(value, web.BaseRequest)
-
-
-def _is_of(value: object, cls: type) -> bool:
-    # Not isinstance(): these classes are abstract, and ask the other one for its hash.
-    # By identity: a metaclass may compare its classes as it likes.
-    for base in mro_of(type(value)):  # noqa: SIM110 - a generator takes longer
-        if base is cls:
-            return True
-    return False
+    return is_instance(value, web.BaseRequest)
 
 
 def _is_called_by(code: Optional[CodeType]) -> bool:
@@ -299,7 +290,7 @@ def is_websocket_of(request: web.BaseRequest, value: object) -> bool:
     aiohttp: ``StreamResponse._req`` and ``BaseRequest._payload_writer``, which a clone
     of the request shares, 3.8 to 3.14.
     """
-    if not _is_of(value, web.WebSocketResponse):
+    if not is_instance(value, web.WebSocketResponse):
         return False
     own = getattr(value, "_req", None)
     return own is not None and own._payload_writer is request._payload_writer
@@ -698,7 +689,7 @@ def has_request(request: web.BaseRequest) -> bool:
         if is_request(each):
             if each._payload_writer is request._payload_writer:
                 return True
-        elif _is_of(each, web.StreamResponse):
+        elif is_instance(each, web.StreamResponse):
             held = [each._req]
             if is_exception(each):
                 held += gc.get_referents(*frames_of(each))

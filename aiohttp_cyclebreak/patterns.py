@@ -7,7 +7,7 @@ from typing import Any, Iterator, Optional, Set, Tuple
 from aiohttp import web
 
 from .counts import type_name
-from .exceptions import mro_of
+from .exceptions import is_instance
 from .leaks import CATALOGUE, Remedy
 from .naming import is_of, is_resumable
 
@@ -82,8 +82,7 @@ def marks_of(each: Any) -> Iterator[str]:
         yield _TASK
     if issubclass(kind, BaseException):
         yield _ERROR
-    # Not issubclass(): the class is abstract, and asks the other one for its hash.
-    if any(base is web.HTTPException for base in mro_of(kind)):
+    if is_instance(each, web.HTTPException):
         yield _HTTP_ERROR
 
 
