@@ -67,7 +67,6 @@ __all__ = (
     "kept_exceptions",
     "lacks",
     "make_innermost",
-    "make_outermost",
     "missing_route",
     "options_of_server",
     "original_of",
@@ -841,13 +840,6 @@ def has_middlewares(app: web.Application, *but: Callable[..., Any]) -> bool:
         for each in (app, *subapps(app))
         for middleware in each.middlewares
     )
-
-
-def make_outermost(app: web.Application, middleware: Callable[..., Any]) -> None:
-    """Make a middleware the outermost of an application that is not frozen yet."""
-    if not app.middlewares.frozen:
-        take_off(app, middleware)
-        app.middlewares.insert(0, middleware)
 
 
 def take_off(app: web.Application, middleware: Callable[..., Any]) -> None:

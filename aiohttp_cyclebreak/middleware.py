@@ -165,7 +165,9 @@ def setup(
 
     async def reach_the_ends(app: web.Application) -> None:
         # Only now is it known what came after setup(), and what was taken off.
-        internals.make_outermost(app, outermost)
+        if not app.middlewares.frozen:
+            internals.take_off(app, outermost)
+            app.middlewares.insert(0, outermost)
         if not internals.has_middlewares(app, outermost, innermost):
             # Nobody swallows what it would see.
             if not app.middlewares.frozen:
