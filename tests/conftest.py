@@ -6,7 +6,8 @@ from typing import Iterator, List
 
 import pytest
 
-from aiohttp_cyclebreak import calls, complaints, options
+from aiohttp_cyclebreak import calls, complaints, internals, options
+from aiohttp_cyclebreak.exceptions import detach
 
 from .service import Records
 
@@ -51,3 +52,12 @@ def _nothing_is_logged_yet() -> None:
 def _calls_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     """One client_cyclebreak() has all requests of the process looked at for calls."""
     monkeypatch.setattr(calls, "are_followed", False)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_read_too_late() -> Iterator[None]:
+    """The one exception of all released responses keeps requests of the test before."""
+    yield
+    error = internals.error_of_released()
+    if error is not None:
+        detach(error)
