@@ -253,7 +253,7 @@ _MOST_HELD = 100
 
 def would_be_gone(
     exceptions: List[BaseException], index: int, noted: Callable[[BaseException], int]
-) -> bool:
+) -> Optional[bool]:
     """Whether an exception and its causes would be gone, if nobody had noted them.
 
     That is so if nobody else has one of these, of their tracebacks or of the finished
@@ -263,6 +263,10 @@ def would_be_gone(
         exceptions: a list of who has noted it.
         index: where it is: who calls may have no reference of its own.
         noted: gives how many such lists an exception is in.
+
+    Returns:
+        That; None: it would not be, and never will, for nobody else has one of these
+        and could change that one leads back to itself.
     """
     # References: those lists, the argument.  Most often somebody has it still.
     if sys.getrefcount(exceptions[index]) != noted(exceptions[index]) + 1:
@@ -279,11 +283,11 @@ def would_be_gone(
     del found, entries
     leads = _leads_of(parts)
     known.update(itertools.chain.from_iterable(leads.values()))
-    return not _leads_back(leads) and all(
+    for each in parts.values():
         # References: those that are known, the dict, the variable, the argument.
-        sys.getrefcount(each) == known[id(each)] + 3
-        for each in parts.values()
-    )
+        if sys.getrefcount(each) != known[id(each)] + 3:
+            return False
+    return None if _leads_back(leads) else True
 
 
 def _parts_of(exceptions: List[BaseException]) -> Dict[int, Any]:

@@ -157,6 +157,7 @@ class Holder:
         "noted",
         "pause",
         "reference",
+        "staying",
         "task",
         "timer",
         "__weakref__",
@@ -174,6 +175,9 @@ class Holder:
         # of these, how many lead to it.
         self.noted: Dict[int, List[int]] = {}
         self.leading_to: Dict[int, int] = {}
+        # The ids of those that were swallowed and are in a cycle, which stay: who tries
+        # again and again leaves one each time, and is not to have them all looked at.
+        self.staying: Set[int] = set()
         # By the id of an exception, its traceback, if that is long, and the ids of the
         # frames there.
         self.frame_ids: Dict[int, Tuple[Optional[TracebackType], Set[int]]] = {}
@@ -229,11 +233,16 @@ class Holder:
         if not COUNTS_ARE_EXACT or not self._can_forget():
             return False
         noted = self.exceptions
-        swallowed = [
-            noted[index]
-            for index in range(max(0, len(noted) - _MOST_LOOKED_AT), len(noted))
-            if would_be_gone(noted, index, _times_noted)
-        ]
+        swallowed: List[BaseException] = []
+        for index in range(max(0, len(noted) - _MOST_LOOKED_AT), len(noted)):
+            key = id(noted[index])
+            if key in self.staying:
+                continue
+            is_gone = would_be_gone(noted, index, _times_noted)
+            if is_gone:
+                swallowed.append(noted[index])
+            elif is_gone is None:
+                self.staying.add(key)
         if swallowed:
             # With its causes, which may have been noted before it.
             self._take_out([exc for root in swallowed for exc in graph(root)])
@@ -280,6 +289,7 @@ class Holder:
                 _take_from_hand(key, own)
             self.leading_to = {}
             self.noted = {}
+            self.staying = set()
             self.frame_ids = {}
             self.reference = None
 
@@ -298,6 +308,7 @@ class Holder:
         self.exceptions += reversed(newer)
 
     def _forget(self, root: int) -> None:
+        self.staying.discard(root)
         for key in self.noted.pop(root):
             # Another thread may note something meanwhile: no number is relied on.
             number = self.leading_to.pop(key, 1) - 1

@@ -917,6 +917,63 @@ def test_what_is_swallowed_and_in_a_cycle_goes_with_its_request(
     assert run(main()) == (3 if guard in ("bare", "outermost") else 0)
 
 
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("guard", ["bare", "setup"])
+def test_what_stays_in_a_cycle_is_not_looked_at_for_each_attempt(
+    guard: str, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each leaves one, as a cause, and to look at ten may take longer than to try."""
+    attempts = 50
+    watched: List[Any] = []
+    left: List[int] = []
+    looks = 0
+
+    class Failure(Exception):  # a built-in one allows no weak reference
+        pass
+
+    async def fail(request: web.Request) -> web.Response:
+        error = None
+        try:
+            raise Failure
+        except Failure as exc:
+            error = exc
+            watched.append(ref(error))
+        raise Failure from error
+
+    @web.middleware
+    async def retry(request: web.Request, handler: Any) -> web.StreamResponse:
+        for _ in range(attempts):
+            with contextlib.suppress(Failure):
+                return await handler(request)  # type: ignore[no-any-return]
+            if waits:
+                await spin()
+        left.append(sum(found() is not None for found in watched))
+        return web.Response()
+
+    look = holders.would_be_gone
+
+    def count(*args: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return look(*args)
+
+    async def main() -> None:
+        app = application(retry)
+        app.router.add_get("/fail", fail)
+        if guard != "bare":
+            GUARDS[guard](app)
+        async with serve(app) as service:
+            assert (await service.ask("/fail"))[0] == 200
+            await service.settle()
+
+    monkeypatch.setattr(holders, "would_be_gone", count)
+    with no_collector():
+        run(main())
+    assert left == [attempts]
+    # While it is raised somebody has it still.
+    assert looks <= 3 * attempts
+
+
 _served: "ContextVar[str]" = ContextVar("served", default="nothing")
 
 

@@ -599,7 +599,7 @@ def test_what_would_be_gone_goes(steps: List[Any]) -> None:
         else:
             found = would_be_gone(noted, 0, lambda exc: int(exc is noted[0]))
             noted.clear()
-            assert found is not any(each() is not None for each in watched)
+            assert bool(found) is not any(each() is not None for each in watched)
     finally:
         gc.enable()
     with contextlib.suppress(StopIteration):
