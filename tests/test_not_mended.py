@@ -293,6 +293,34 @@ def test_what_a_handler_swallows(use: Callable[[BaseException], Any]) -> None:
     assert run(left_by(add, "/stored", 200, setup)) == 0
 
 
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("guard", ["bare", *GUARDS])
+def test_what_one_middleware_raises_and_another_swallows(
+    guard: str, stored: bool
+) -> None:
+    """It comes to none of ours, unless it is stored and one is outside of both."""
+
+    @web.middleware
+    async def swallow(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[no-any-return]
+        except LookupError as exc:
+            if stored:
+                request[ERROR] = exc
+            return web.Response()
+
+    @web.middleware
+    async def fail(request: web.Request, handler: Any) -> web.StreamResponse:
+        error = LookupError()
+        raise error
+
+    def add(app: web.Application) -> None:
+        app.middlewares.extend([swallow, fail])
+
+    left = 0 if stored and guard in ("outermost", "setup") else 3
+    assert run(left_by(add, "/", 200, GUARDS.get(guard, lambda app: None))) == left
+
+
 def test_a_callback_of_the_connections_task() -> None:
     """It is called when the connection ends; until then it keeps its request."""
 
