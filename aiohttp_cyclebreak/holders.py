@@ -40,7 +40,13 @@ from .exceptions import (
     would_be_gone,
 )
 from .frames import COUNTS_ARE_EXACT, is_finished
-from .running import awaiting_frames, awaits_in, handled_by, in_flight
+from .running import (
+    awaiting_frames,
+    awaits_in,
+    handled_by,
+    in_flight,
+    is_of_thread,
+)
 from .sever import sever
 from .tracebacks import drop_ended_entries
 
@@ -490,34 +496,36 @@ def sort_out(
 
 
 class _LeftOver:
-    """Exceptions that tasks of one loop have in hand, and nobody who has noted them.
+    """Exceptions that tasks or threads have in hand, and nobody who has noted them.
 
-    Nobody tells when such a task is done with one, so they are looked at again when
-    more have come.  One is held weakly; if its class does not allow that, as built-in
-    ones do not, it is held until one look that is soon: to hold it for longer could
-    keep what nobody else does.
+    Nobody tells when one of those is done with one, so they are looked at again when
+    more have come, and soon.  One is held weakly; if its class does not allow that, as
+    built-in ones do not, it is held until one look: to hold it for longer could keep
+    what nobody else does.  That of a thread is held for a while: most often the thread
+    has handed it on from its ``except`` block, and is in there for an instant more.
     """
 
-    __slots__ = ("exceptions", "held", "limit", "is_scheduled", "timer")
+    __slots__ = ("exceptions", "has_timer", "held", "is_scheduled", "limit")
 
     def __init__(self) -> None:
         self.exceptions: Dict[int, Tuple[Callable[[], Any], bool, Container[int]]] = {}
-        self.held: Dict[int, Tuple[BaseException, bool, Container[int]]] = {}
-        # While there are those.  It has the loop, by which this is found.
-        self.timer: Optional[ref[asyncio.TimerHandle]] = None
-        # Each look goes through all tasks, so it waits for more with many of them.
+        # With the time of the loop until which each is.
+        self.held: Dict[int, Tuple[BaseException, bool, Container[int], float]] = {}
+        self.has_timer = False  # one for all of them
+        # Each look goes through all that is held and all tasks: with many of those it
+        # waits for more.
         self.limit = 1
         self.is_scheduled = False
 
     def add(self, exc: BaseException, clear_frames: bool, kept: Container[int]) -> None:
         loop = asyncio.get_running_loop()
+        end = loop.time() + _SOON
         try:
             self.exceptions[id(exc)] = ref(exc), clear_frames, kept
         except TypeError:
-            if self.timer is None:
-                timer = loop.call_later(_SOON, self.look, context=Context())
-                self.timer = ref(timer)
-            self.held[id(exc)] = exc, clear_frames, kept
+            self.held[id(exc)] = exc, clear_frames, kept, end
+        if not self.has_timer:
+            self._look_at(end)
         if (
             len(self.exceptions) + len(self.held) >= self.limit
             and not self.is_scheduled
@@ -525,14 +533,22 @@ class _LeftOver:
             self.is_scheduled = True
             loop.call_soon(self.look, context=Context())
 
+    def _look_at(self, end: float) -> None:
+        self.has_timer = True
+        loop = asyncio.get_running_loop()
+        loop.call_at(end, self.look_in_the_end, context=Context())
+
+    def look_in_the_end(self) -> None:
+        self.has_timer = False
+        self.look()
+        if self.held:  # what has come later than the first
+            self._look_at(min(end for *_, end in self.held.values()))
+
     def look(self) -> None:
         try:
             self.is_scheduled = False
-            timer = None if self.timer is None else self.timer()
-            if timer is not None:  # or each of many failures would have one
-                timer.cancel()
-            self.timer = None
-            left, self.held = self.held, {}
+            held, self.held = self.held, {}
+            left = {key: each[:3] for key, each in held.items()}
             for key, (found, clear_frames, kept) in list(self.exceptions.items()):
                 exc = found()
                 if exc is None:
@@ -542,15 +558,25 @@ class _LeftOver:
             tasks = asyncio.all_tasks() if left else set()
             exceptions = [exc for exc, _, _ in left.values()]
             in_use = look_into(_tasks_behind(exceptions, tasks))
+            now = asyncio.get_running_loop().time()
             for key, (exc, clear_frames, kept) in left.items():
                 sorted_out = sort_out([exc], in_use, partial(_is_among, kept))
                 for _, own in sorted_out.ready:
                     sever(own, clear_frames=clear_frames, spared=sorted_out.spared)
                 if not sorted_out.in_flight:
                     self.exceptions.pop(key, None)
+                elif (
+                    key in held
+                    and held[key][3] > now
+                    and any(map(is_of_thread, sorted_out.in_flight))
+                ):
+                    self.held[key] = held[key]
             while len(self.exceptions) > MOST_NOTED + len(tasks):
                 del self.exceptions[next(iter(self.exceptions))]
-            self.limit = len(self.exceptions) + max(1, len(tasks) // 8)
+            while len(self.held) > MOST_NOTED:
+                del self.held[next(iter(self.held))]
+            left_over = len(self.exceptions) + len(self.held)
+            self.limit = left_over + max(1, len(self.held) // 2, len(tasks) // 8)
         except Exception:
             complain("looking for what is left over")
 

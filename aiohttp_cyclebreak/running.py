@@ -15,6 +15,7 @@ __all__ = (
     "awaits_in",
     "handled_by",
     "in_flight",
+    "is_of_thread",
     "wrapped_coroutine",
 )
 
@@ -73,6 +74,14 @@ def _have_threads_gone_on(executing: Set[int], exc: BaseException) -> bool:
         if handled is not None and any(each is exc for each in graph(handled)):
             return False
     return True
+
+
+def is_of_thread(exc: BaseException) -> bool:
+    """Whether a traceback leads through a function that executes, as in a thread."""
+    return any(
+        goes_on(frame) and not frame.f_code.co_flags & CO_RESUMABLE
+        for frame in frames_of(exc)
+    )
 
 
 def awaiting_frames(coroutine: Any) -> Set[int]:

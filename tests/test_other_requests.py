@@ -768,6 +768,57 @@ def test_a_thread_that_goes_on_keeps_no_requests(install: str, stays: bool) -> N
     assert closed <= 2  # the thread may have been in its except block still
 
 
+@pytest.mark.parametrize("failure", [Down, ConnectionError])
+@pytest.mark.parametrize("install", ["appended", "outermost", "setup"])
+def test_what_a_thread_has_handed_on_goes_when_more_has_come(
+    install: str, failure: Type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in its ``except`` block still, as an executor's may be, for an instant."""
+    monkeypatch.setattr(holders, "_SOON", 3600)
+
+    def work(calls: "queue.Queue[Any]", goes_on: threading.Semaphore) -> None:
+        for future in iter(calls.get, None):
+            try:
+                raise failure
+            except failure as exc:
+                future.get_loop().call_soon_threadsafe(future.set_exception, exc)
+                future = None
+                goes_on.acquire()
+            calls.task_done()
+
+    async def main(guard: Any) -> List[int]:
+        calls: queue.Queue[Any] = queue.Queue()
+        goes_on = threading.Semaphore(0)
+        thread = threading.Thread(target=work, args=(calls, goes_on), daemon=True)
+        thread.start()
+
+        async def handler(request: web.Request) -> web.Response:
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            calls.put(future)
+            await future
+            return web.Response()
+
+        app = web.Application()
+        app.router.add_get("/", handler)
+        guard(app)
+        found = []
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                for _ in range(3):
+                    assert (await service.ask())[0] == 500
+                    await service.settle()
+                    found.append(len(alive()) - before)
+                    goes_on.release()
+                    calls.join()
+            calls.put(None)
+            thread.join()
+        return found
+
+    assert run(main(lambda app: None)) == [1, 2, 3]
+    assert max(run(main(GUARDS[install]))) <= 1  # that of the thread
+
+
 def test_what_is_left_over_is_not_held_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -924,6 +975,110 @@ def test_what_is_left_over_is_looked_at_when_more_has_come() -> None:
             await task
 
     run(main())
+
+
+def test_what_is_left_over_is_looked_at_again_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who had it in hand at the first look is done with it by then."""
+    found: List[BaseException] = []
+    timers: List[Any] = []
+
+    def call_at(when: float, callback: Any, *, context: Any) -> None:
+        timers.append(callback)
+
+    def has_locals() -> bool:
+        (frame,) = (each for each, _ in traceback.walk_tb(found[0].__traceback__))
+        return "marker" in frame.f_locals
+
+    async def main() -> None:
+        monkeypatch.setattr(asyncio.get_running_loop(), "call_at", call_at)
+        go = asyncio.Event()
+        task = asyncio.ensure_future(fail_and_wait(found, go))
+        await asyncio.sleep(0)
+        holders.leave(found)
+        await spin()
+        go.set()
+        await task
+        assert has_locals()
+        (look,) = timers
+        look()
+        assert not has_locals()
+
+    run(main())
+
+
+def fail_while_it_is_handled(number: int, then: Callable[[], Any]) -> None:
+    """Leave so many exceptions over, of a function that executes, as in a thread."""
+    try:
+        raise ConnectionError
+    except ConnectionError as exc:
+        holders.leave([exc])
+        if number > 1:
+            fail_while_it_is_handled(number - 1, then)
+        else:
+            then()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="nothing tells that it executes")
+def test_what_a_thread_has_in_hand_is_held_for_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One timer is for all of them, and is set again for those that came later."""
+    timers: List[Tuple[float, Any]] = []
+    held: List[int] = []
+
+    def call_at(when: float, callback: Any, *, context: Any) -> None:
+        timers.append((when, callback))
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        monkeypatch.setattr(loop, "call_at", call_at)
+        monkeypatch.setattr(loop, "time", lambda: now)
+
+        def fail_later() -> None:
+            nonlocal now
+            now += holders._SOON / 2
+            fail_while_it_is_handled(1, look)
+
+        def look() -> None:
+            nonlocal now
+            left_over = holders._left_over[loop]
+            left_over.look()
+            while timers:
+                held.append(len(left_over.held))
+                now, look_at_last = timers.pop()
+                look_at_last()
+            held.append(len(left_over.held))
+
+        fail_while_it_is_handled(1, fail_later)
+
+    run(main())
+    assert held == [2, 1, 0]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="nothing tells that it executes")
+def test_of_very_many_that_threads_have_in_hand_the_last_are_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(holders, "MOST_NOTED", 10)
+    held: List[int] = []
+
+    async def main() -> None:
+        left_over = holders._left_over.setdefault(
+            asyncio.get_running_loop(), holders._LeftOver()
+        )
+
+        def look() -> None:
+            held.append(len(left_over.held))
+            left_over.look()
+            held.append(len(left_over.held))
+
+        fail_while_it_is_handled(3 * holders.MOST_NOTED, look)
+
+    run(main())
+    assert held == [30, 10]
 
 
 def test_of_very_many_that_are_left_over_the_first_ones_are_forgotten(
