@@ -1,5 +1,6 @@
 """The files that the documentation shows, and what it says of them."""
 
+import asyncio
 import contextlib
 import gc
 import importlib
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+import weakref
 from typing import Any, Iterator, Sequence, Tuple
 
 import pytest
@@ -260,6 +262,24 @@ def test_a_process_is_asked_for_its_requests(monkeypatch: pytest.MonkeyPatch) ->
 
     counts = run(main())
     assert counts["before"] - counts["after"] == 5
+
+
+@pytest.mark.parametrize("module", ["gunicorn_app", "requests_alive"])
+def test_requests_are_counted_among_dead_proxies(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of ``weakref.proxy()``, as some libraries have, answer nothing."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    count = importlib.import_module(module).count
+
+    class Referent:
+        pass
+
+    proxy = weakref.proxy(Referent())
+    with pytest.raises(ReferenceError):
+        isinstance(proxy, web.BaseRequest)
+    request: Any = None
+    assert asyncio.run(count(request)).status == 200
 
 
 def test_a_cycle_delays() -> None:
