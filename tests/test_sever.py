@@ -234,6 +234,34 @@ def test_who_has_the_id_of_another_one_prints_where_it_comes_from() -> None:
     assert len(ids) < 50
 
 
+def test_who_has_the_id_of_another_one_does_not_grow() -> None:
+    """What stands in the cached frames is not taken for that of its own first time."""
+
+    def fail(exc: BaseException) -> None:
+        raise exc.with_traceback(cached.__traceback__)
+
+    def again(exc: BaseException) -> None:
+        raise exc
+
+    def forget_one() -> int:
+        earlier = LookupError()
+        caught(lambda: fail(earlier))
+        sever([earlier])
+        return id(earlier)
+
+    cached = caught(lambda: fail_with_local("cached"))
+    key = forget_one()
+    later = [LookupError() for _ in range(1_000)]
+    instance = next(each for each in later if id(each) == key)
+    caught(lambda: fail(instance))
+    sizes = []
+    for _ in range(5):
+        sever([instance])
+        sizes.append(len(list(frames_of(instance))))
+        caught(lambda: again(instance))
+    assert sizes[1:] == sizes[1:2] * 4
+
+
 def test_in_a_cached_traceback_not_every_exception_is_remembered() -> None:
     """Their ids would stay for as long as it is cached."""
     cached = caught(lambda: fail_with_local("secret"))
