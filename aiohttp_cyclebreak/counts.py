@@ -1,7 +1,7 @@
 """What has it done, and what is left? The numbers of one application, with names."""
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Set, Tuple
 
 from aiohttp import web
 
@@ -68,12 +68,12 @@ class _Names:
     __slots__ = ("_known",)
 
     def __init__(self) -> None:
-        self._known: Dict[str, str] = {}
+        self._known: Set[str] = set()
 
     def __call__(self, name: str) -> str:
-        if name not in self._known and len(self._known) < _MOST_NAMES:
-            self._known[name] = name
-        return self._known.get(name, _OTHER)
+        if len(self._known) < _MOST_NAMES:
+            self._known.add(name)
+        return name if name in self._known else _OTHER
 
 
 class Counts:
