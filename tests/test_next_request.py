@@ -9,7 +9,7 @@ import sys
 import traceback
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 from weakref import ref
 
 import pytest
@@ -1029,6 +1029,20 @@ def test_what_a_handler_leaves_open_is_closed_in_its_context(
     assert found == ["/fail"] * 2
 
 
+def open_rows(closed: Callable[[str], None]) -> Iterator[None]:
+    """Sets a variable, and tells when it is closed what that is afterwards."""
+    token = _served.set("rows")
+    try:
+        yield
+    finally:
+        try:
+            _served.reset(token)
+        except ValueError:  # which only unraisablehook would be told of
+            closed("in another context")
+        else:
+            closed(_served.get())
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("guard", ["bare", *GUARDS, "guard_server", "break_cycles"])
 @pytest.mark.parametrize("failure", ["alone", "with a cause", "a response"])
@@ -1041,21 +1055,9 @@ def test_what_a_handler_leaves_open_resets_the_variables_of_its_request(
         pytest.skip("bare that is left to the collector, in the context of anybody")
     found: List[str] = []
 
-    def rows() -> Any:
-        token = _served.set("rows")
-        try:
-            yield
-        finally:
-            try:
-                _served.reset(token)
-            except ValueError:  # which only unraisablehook would be told of
-                found.append("in another context")
-            else:
-                found.append(_served.get())
-
     async def fail(request: web.Request) -> web.Response:
         _served.set(request.path)
-        opened = rows()  # or a loop would close it
+        opened = open_rows(found.append)  # or a loop would close it
         for _ in opened:
             if failure == "a response":
                 raise web.HTTPConflict

@@ -8,8 +8,7 @@ import contextlib
 import sys
 import traceback
 import weakref
-from contextvars import ContextVar
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
 import pytest
 from aiohttp import web
@@ -23,6 +22,7 @@ from .test_next_request import (
     ask,
     give_own,
     left_by,
+    open_rows,
     serve_under,
     store_failure,
 )
@@ -33,8 +33,6 @@ pytestmark = pytest.mark.usefixtures("few_objects")
 ERROR: Any = (
     web.RequestKey("error", Exception) if hasattr(web, "RequestKey") else "error"
 )
-
-ROWS: "ContextVar[str]" = ContextVar("rows")
 
 
 def test_what_is_stored_in_a_success_while_it_is_prepared() -> None:
@@ -227,21 +225,11 @@ def test_the_task_and_the_context_that_a_finalizer_runs_in(
     """It has no task; while its request goes on, a copy of the context too."""
     found: List[Tuple[bool, str]] = []
 
-    def rows() -> Iterator[None]:
-        token = ROWS.set("open")
-        try:
-            yield
-        finally:
-            has_task = asyncio.current_task() is not None
-            try:
-                ROWS.reset(token)
-            except ValueError:
-                found.append((has_task, "a copy"))
-            else:
-                found.append((has_task, "its own"))
+    def closed(variable: str) -> None:
+        found.append((asyncio.current_task() is not None, variable))
 
     async def fail(request: web.Request) -> web.Response:
-        opened = rows()
+        opened = open_rows(closed)
         next(opened)
         raise ValueError
 
@@ -265,9 +253,9 @@ def test_the_task_and_the_context_that_a_finalizer_runs_in(
 
     run(main())
     if guard == "bare" or (goes_on and guard == "outermost"):  # which does not see it
-        assert found == [(True, "its own")]
+        assert found == [(True, "nothing")]
     else:
-        assert found == [(False, "a copy" if goes_on else "its own")]
+        assert found == [(False, "in another context" if goes_on else "nothing")]
 
 
 @pytest.mark.parametrize("use", [_keep, _read_locals])
