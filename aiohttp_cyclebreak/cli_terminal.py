@@ -86,7 +86,7 @@ def show_progress(done: int, total: int, id: str) -> None:
 def draw(line: str) -> None:
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns - 1
-        sys.stderr.write(f"\r{line[:width]:{width}}\r")
+        sys.stderr.write(f"\r{line[:width].ljust(width)}\r")
         sys.stderr.flush()
 
 

@@ -370,6 +370,15 @@ def test_in_a_terminal(start: Tuple[str, ...], columns: int) -> None:
 
 
 @POSIX
+def test_in_a_terminal_of_one_column() -> None:
+    """No bar fits into it."""
+    arguments = ("verify", "--requests", "2", "--leak", "none-response")
+    terminal = Terminal(MODULE, *arguments, columns=1)
+    assert terminal.end() == 0, terminal.text
+    assert "none-response" in terminal.text
+
+
+@POSIX
 @pytest.mark.parametrize("start", [MODULE, WITHOUT_RICH], ids=["rich", "plain"])
 def test_is_interrupted(start: Tuple[str, ...]) -> None:
     """Ctrl-C is exit 130, with no traceback."""
