@@ -73,8 +73,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
     watch = _make_watch(marker.args, marker.kwargs)
     _watches[item] = watch
-    case = item.instance
     test = item.obj
+    case = getattr(test, "__self__", None)  # pytest 6 has no item.instance of a case
     item.obj = _watched(test, watch)
     if isinstance(case, TestCase):  # it finds a coroutine function by itself
         setattr(case, item.name, item.obj)

@@ -731,12 +731,29 @@ class TestSync(unittest.TestCase):
 """
 
 
-def test_unittest(pytester: pytest.Pytester) -> None:
+PYTEST_6 = """
+import sys
+from _pytest.unittest import TestCaseFunction
+
+instance = TestCaseFunction.instance.fget
+
+
+def instance_of_pytest_6(item):
+    asked_by = sys._getframe(1).f_globals["__name__"]
+    return None if asked_by == "aiohttp_cyclebreak.pytest_plugin" else instance(item)
+
+
+TestCaseFunction.instance = property(instance_of_pytest_6)
+"""
+
+
+@pytest.mark.parametrize("more", ["", PYTEST_6], ids=["", "pytest6"])
+def test_unittest(pytester: pytest.Pytester, more: str) -> None:
     """Coroutine methods of test cases, which unittest finds and runs by itself."""
     pytester.makepyfile(app=APP)
     path = pytester.makepyfile(UNITTEST)
     # Nothing but the plugin collects.
-    pytester.makeconftest("import gc\ngc.disable()")
+    pytester.makeconftest(f"import gc\ngc.disable()\n{more}")
     result = pytester.runpytest_subprocess(
         "-q", "-rA", "-W", "ignore", "--show-capture=no", path
     )
