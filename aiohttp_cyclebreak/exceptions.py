@@ -147,8 +147,17 @@ def graph(root: BaseException) -> List[BaseException]:
 
 
 # Of a class, whose metaclass may lie as well.
-mro_of: Callable[[type], Tuple[type, ...]] = type.__dict__["__mro__"].__get__
+_MRO: Callable[[type], Optional[Tuple[type, ...]]] = type.__dict__["__mro__"].__get__
 _NAMESPACE: Any = type.__dict__["__dict__"]
+
+
+def mro_of(cls: type) -> Tuple[type, ...]:
+    """A class and its bases, whatever its metaclass says.
+
+    Nothing where CPython has not filled them in: up to 3.9 it has not for the type of
+    what ``async for`` awaits.
+    """
+    return _MRO(cls) or ()
 
 
 def is_instance(value: object, cls: type) -> bool:
@@ -158,7 +167,7 @@ def is_instance(value: object, cls: type) -> bool:
     its hash, and have them remember it.
     """
     # By identity: a metaclass may compare its classes as it likes.
-    for base in mro_of(type(value)):  # noqa: SIM110 - a generator takes longer
+    for base in _MRO(type(value)) or ():  # noqa: SIM110 - a generator takes longer
         if base is cls:
             return True
     return False

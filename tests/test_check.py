@@ -256,6 +256,29 @@ def create_cleaned_up(path):
     return app
 
 
+async def ticks():
+    while True:
+        await asyncio.sleep(3600)
+        yield
+
+
+async def follow_ticks():
+    async for _ in ticks():
+        pass
+
+
+def create_following():
+    async def follow(app):
+        task = asyncio.ensure_future(follow_ticks())
+        yield
+        task.cancel()
+        await asyncio.wait([task])
+
+    app = create_app()
+    app.cleanup_ctx.append(follow)
+    return app
+
+
 class Factories:
     app = create_app("in a class")
 
@@ -603,6 +626,14 @@ def test_what_is_made_once_is_no_leak(folder: str) -> None:
     report = check.run(plan)
     assert (report.bare.served, report.bare.held) == (1, 0)
     assert (report.guarded.served, report.guarded.left) == (1, 0)
+
+
+def test_a_task_waits_for_an_asynchronous_generator(folder: str) -> None:
+    """Before CPython 3.10 the type of what it awaits has no bases."""
+    request = Request("POST", "/upload")
+    report = check.run(Plan("leaky:create_following", (request,), (), folder, 5))
+    assert report.bare.left == report.bare.served == 5
+    assert (report.guarded.left, report.guarded.served) == (0, 5)
 
 
 def test_a_lasting_task_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
