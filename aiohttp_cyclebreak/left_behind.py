@@ -31,6 +31,8 @@ from weakref import ref
 
 import pytest
 
+from .exceptions import mro_of
+
 if TYPE_CHECKING:
     from .chains import Chain
 
@@ -267,7 +269,7 @@ def _ids(classes: Iterable[type]) -> FrozenSet[int]:
 def _bases(each: Any) -> Iterable[int]:
     # Not issubclass(): a request's class is an abstract one, which would remember the
     # type of everything it is asked about, and CPython 3.8 does not survive some.
-    return map(id, type(each).__mro__ or ())
+    return map(id, mro_of(type(each)))
 
 
 def instances(classes: Iterable[type]) -> List[Any]:

@@ -56,7 +56,7 @@ class Meta(type):
     def fail(cls, *given):
         raise RuntimeError(SECRET)
 
-    __module__ = property(fail)
+    __module__ = __mro__ = property(fail)
     __eq__ = __hash__ = fail
 
 
