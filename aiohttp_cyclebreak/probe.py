@@ -19,7 +19,6 @@ from typing import (
     List,
     Optional,
     Sequence,
-    Union,
 )
 
 from aiohttp import web
@@ -27,7 +26,7 @@ from aiohttp import web
 from .client import client_cyclebreak
 from .exceptions import mro_of
 from .internals import CLOSES_LOST, body_size
-from .leaks import Kind, Leak, Remedy, Step, gateway_of
+from .leaks import Kind, Leak, Remedy, Step, Visit, gateway_of
 from .middleware import cyclebreak
 from .server import guard_server
 
@@ -43,8 +42,6 @@ __all__ = (
     "requests_alive",
     "spin",
 )
-
-Steps = Sequence[Union[bytes, Step]]
 
 _TIMEOUT = 60.0  # seconds; only a hang is this long
 _VISITS = 20  # of each kind, unless said otherwise
@@ -105,7 +102,7 @@ class Floor:
     reset: float
     outgoing: float
 
-    def of(self, visits: "Sequence[Steps]", times: int, outgoing: int) -> int:
+    def of(self, visits: Sequence[Visit], times: int, outgoing: int) -> int:
         """What is made when visits are paid so many times, with such connections."""
         each = sum(
             self.reset if Step.RESET in steps else self.closed for steps in visits
@@ -131,7 +128,7 @@ class _Client:
         self._thread = ThreadPoolExecutor(1)
         self._staying: List[socket.socket] = []
 
-    async def pay(self, steps: Steps) -> None:
+    async def pay(self, steps: Visit) -> None:
         """Pay one visit, while the loop goes on serving."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self.visit, steps)
@@ -145,7 +142,7 @@ class _Client:
         """End the thread."""
         self._thread.shutdown()
 
-    def visit(self, steps: Steps) -> None:
+    def visit(self, steps: Visit) -> None:
         begun = self._begun()
         sent = 0
         address = ("127.0.0.1", self._port)
@@ -288,7 +285,7 @@ async def _settle(busy: Callable[[], Any], tasks: "set[asyncio.Task[Any]]") -> N
     await spin()
 
 
-def lasts(steps: Steps) -> bool:
+def lasts(steps: Visit) -> bool:
     """Whether a connection may last until everything is counted."""
     return Step.STAY in steps or Step.LEAVE in steps
 
@@ -462,7 +459,7 @@ async def measure_floor() -> Floor:
         await _settle(lambda: len(open_connections) < 2, tasks)  # until both ends are
         transport.close()
 
-    closing: Steps = (b"x", Step.ACCEPTED)
+    closing: Visit = (b"x", Step.ACCEPTED)
     try:
         await count(1, partial(client.pay, closing))
         await count(1, call_out)

@@ -17,10 +17,19 @@ from . import (
     unseen,
     websocket,
 )
-from ._leak import Affected, Kind, Leak, Remedy, Step
+from ._leak import Affected, Kind, Leak, Remedy, Step, Visit
 from .gateway import gateway_of
 
-__all__ = ("CATALOGUE", "Affected", "Kind", "Leak", "Remedy", "Step", "gateway_of")
+__all__ = (
+    "CATALOGUE",
+    "Affected",
+    "Kind",
+    "Leak",
+    "Remedy",
+    "Step",
+    "Visit",
+    "gateway_of",
+)
 
 CATALOGUE: Tuple[Leak, ...] = (
     *close_cancel.LEAKS,
