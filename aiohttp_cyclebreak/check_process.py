@@ -78,6 +78,11 @@ class Target:
         default=None, repr=False
     )
 
+    @property
+    def name(self) -> str:
+        """Where it is, without the arguments: these may be secret."""
+        return f"{self.module}:{self.attribute}"
+
 
 def parse_target(text: str) -> Target:
     """Take ``module:attribute``, which may be a call with literals, to pieces.
@@ -88,7 +93,8 @@ def parse_target(text: str) -> Target:
     module, colon, expression = text.partition(":")
     if not colon or not all(part.isidentifier() for part in module.split(".")):
         raise ValueError(
-            f"{text!r} is not MODULE:ATTRIBUTE, such as myapp:create_app, myapp:app or "
+            f"{text.partition('(')[0]!r} is not MODULE:ATTRIBUTE, such as "
+            "myapp:create_app, myapp:app or "
             "\"myapp:create_app('test', debug=True)\""
         )
     try:
@@ -111,7 +117,7 @@ def parse_target(text: str) -> Target:
             raise ValueError(type(tree).__name__)
     except (SyntaxError, ValueError):
         raise ValueError(
-            f"{expression!r} is neither a name nor a call of one with literals: "
+            f"after {module}: comes neither a name nor a call of one with literals: "
             "strings, numbers, True, False, None, and lists or dicts of them"
         ) from None
     return Target(text, module, ".".join([tree.id, *names]), arguments)
@@ -150,17 +156,17 @@ def find(target: Target, words: List[str], tell: Callable[[str], None]) -> Any:
             raise NotThere(f"{target.module} has no {target.attribute!r}") from None
     if target.arguments is None and isinstance(found, (web.Application, web.AppRunner)):
         if words:
-            raise NotThere(f"{target.text} is no factory, and takes no {words!r}")
+            raise NotThere(f"{target.name} is no factory, and takes no --arg")
         return found
     if not callable(found):
         raise NotThere(
-            f"{target.text} is neither an aiohttp.web.Application nor a function "
+            f"{target.name} is neither an aiohttp.web.Application nor a function "
             f"that makes one, but {type_name(type(found))}"
         )
     positional, named = target.arguments or ((), {})
     if words or (target.arguments is None and _takes_one(found)):
         positional = (*positional, words)
-    tell(f"call {target.module}:{target.attribute}()")
+    tell(f"call {target.name}()")
     return found(*positional, **named)
 
 
@@ -428,7 +434,7 @@ async def _serve(
         answer(trying=trying)
 
     if inspect.isawaitable(made):
-        tell(f"await {target.module}:{target.attribute}()")
+        tell(f"await {target.name}()")
         made = await made
     if isinstance(made, web.Application):
         app = made
@@ -437,7 +443,7 @@ async def _serve(
         app, runner = made.app, made
     else:
         raise NotThere(
-            f"{target.text} makes no aiohttp.web.Application, but "
+            f"{target.name} makes no aiohttp.web.Application, but "
             f"{type_name(type(made))}"
         )
     if guarded:

@@ -907,7 +907,7 @@ def test_the_loop_is_that_of_the_policy(target: str, folder: str) -> None:
         ("leaky:nothing", [], "leaky has no 'nothing'"),
         ("leaky.app:app", [], "no module 'leaky.app'"),
         ("leaky:number", [], "neither an .* nor a function .*, but int"),
-        ("leaky:app", ["x"], "is no factory, and takes no .'x'."),
+        ("leaky:app", ["x"], "is no factory, and takes no --arg"),
     ],
 )
 def test_there_is_no_such_application(target: str, words: List[str], told: str) -> None:
@@ -920,6 +920,7 @@ def test_there_is_no_such_application(target: str, words: List[str], told: str) 
     [
         ("nowhere:app", ["no module 'nowhere'", "--chdir"]),
         ("leaky:gives_nothing", ["makes no", "NoneType"]),
+        ("leaky:os.fsencode('secret')", ["leaky:os.fsencode makes no", "bytes"]),
     ],
 )
 def test_the_wrong_application_is_named(
@@ -931,6 +932,7 @@ def test_the_wrong_application_is_named(
     assert out == ""
     assert all(each in err for each in told)
     assert "Traceback" not in err
+    assert "secret" not in err
 
 
 LOST = "LookupError: there is no database"
@@ -1017,6 +1019,8 @@ def test_an_answer_has_no_end(folder: str) -> None:
         (["m:create(open('x'))"], ["with literals"]),
         (["m:create(**{})"], ["with literals"]),
         (["m:app[0]"], ["neither a name nor a call"]),
+        (["m:create(secret)"], ["after m: comes", "with literals"]),
+        (["m.create('secret')"], ["'m.create' is not MODULE:ATTRIBUTE"]),
         (["m:a", "--request=GET http://localhost/"], ["names a host", "127.0.0.1"]),
         (["m:a", "--request=GET //example.com/x"], ["names a host"]),
         (["m:a", "--request=GET example.com/x"], ["does not begin with a /"]),
@@ -1049,7 +1053,7 @@ def test_an_answer_has_no_end(folder: str) -> None:
 def test_wrong_usage(
     args: List[str], told: List[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit 2 before anything is started; no header, query or body is shown."""
+    """Exit 2 before anything is started, and no secret is shown."""
     try:
         code = cli.main(["check", *args])
     except SystemExit as exit:
