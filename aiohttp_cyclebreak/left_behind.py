@@ -295,6 +295,9 @@ def _itself(each: Any) -> Any:
 
 def _tolerance(allow: Allow) -> "Callable[[Chain], bool]":
     if callable(allow):
+        from .options import check_function
+
+        check_function("allow", allow, ("chain",))
         return allow
     try:
         leaks = {allow} if isinstance(allow, str) else set(allow)

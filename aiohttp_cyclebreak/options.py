@@ -13,6 +13,7 @@ __all__ = (
     "BodyReleasedError",
     "BreakEvent",
     "Options",
+    "check_function",
     "is_off",
     "make_options",
     "switched_off",
@@ -121,22 +122,31 @@ def make_options(
                 f"{name} must be a function, not the class {function!r}, such as "
                 f"lambda request, exc: isinstance(exc, {function.__name__})"
             )
-        # Nobody would await it, and what it returns is always true.
-        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            getattr(function, "__call__", None)  # noqa: B004
-        ):
-            raise TypeError(
-                f"{name} must be a plain function, not the coroutine function "
-                f"{function!r}"
-            )
-        _check_arguments(name, function, arguments)
+        check_function(name, function, arguments)
     return Options(clear_frames, keep, on_break, release_body)
 
 
-def _check_arguments(
+def check_function(
     name: str, function: Callable[..., Any], arguments: Tuple[str, ...]
 ) -> None:
-    # It would fail for every request, and a keep= that fails keeps.
+    """Check a function that an option is.
+
+    Args:
+        name: the option.
+        function: what it is.
+        arguments: what it is called with, in words.
+
+    Raises:
+        TypeError: it is a coroutine function, or does not take so many arguments.
+    """
+    # Nobody would await it, and what it returns is always true.
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004
+    ):
+        raise TypeError(
+            f"{name} must be a plain function, not the coroutine function {function!r}"
+        )
+    # It would fail whenever it is called, and a keep= that fails keeps.
     try:
         signature = inspect.signature(function)
     except Exception:  # of a function in C, or an object that says nothing

@@ -938,6 +938,8 @@ WRONG = {
     "garbage=1": "garbage=1 is neither True nor False",
     "allow='no-such-leak'": "the catalogue knows no no-such-leak, only",
     "allow=5": "allow=5 is neither a leak's id, nor several, nor a function",
+    "allow=lambda: True": "allow is called with the chain, which",
+    "allow=__import__('asyncio').sleep": "allow must be a plain function",
     "request=50": "unexpected keyword argument 'request'",
     "50": "it takes keyword arguments only",
 }
