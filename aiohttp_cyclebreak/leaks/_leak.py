@@ -7,6 +7,7 @@ from typing import Callable, Optional, Tuple, Union
 from aiohttp import web
 
 __all__ = (
+    "CLOSE_CANCEL",
     "NOT_CANCELLED",
     "Affected",
     "Kind",
@@ -95,6 +96,8 @@ class Affected:
         return text
 
 
+# The task of a connection that its client closes keeps the exception that ends it.
+CLOSE_CANCEL = Affected(since=(3, 10, 6), until=(3, 11, 13), python=(3, 9))
 # Up to aiohttp 3.8.1 a client that goes away has its handler cancelled at once.
 NOT_CANCELLED = Affected(since=(3, 8, 2))
 

@@ -2,14 +2,13 @@
 
 from aiohttp import web
 
-from ._leak import Affected, Kind, Leak, Step, get
+from ._leak import CLOSE_CANCEL, Affected, Kind, Leak, Step, get
 
 _CHAIN = (
     "connection task -> its stored CancelledError -> traceback -> "
     "frame of RequestHandler.start -> that task, and the request"
 )
 _UPSTREAM = "https://github.com/aio-libs/aiohttp/issues/10548"
-_AFFECTED = (Affected(since=(3, 10, 6), until=(3, 11, 13), python=(3, 9)),)
 
 
 async def _answer(request: web.Request) -> web.Response:
@@ -34,7 +33,7 @@ LEAKS = (
         title="the client closes an idle keep-alive connection",
         kind=Kind.DELAYED,
         chain=_CHAIN,
-        affected=_AFFECTED,
+        affected=(CLOSE_CANCEL,),
         upstream=_UPSTREAM,
         build=_build,
         visits=((get(), Step.ANSWER),),
@@ -44,10 +43,7 @@ LEAKS = (
         title="the handler returns None",
         kind=Kind.DELAYED,
         chain=_CHAIN,
-        affected=(
-            Affected(until=(3, 10, 5)),
-            Affected(since=(3, 10, 6), until=(3, 11, 13), python=(3, 9)),
-        ),
+        affected=(Affected(until=(3, 10, 5)), CLOSE_CANCEL),
         upstream=_UPSTREAM,
         build=_build_nothing,
         visits=((get(), Step.BYTES),),

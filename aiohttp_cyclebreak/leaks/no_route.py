@@ -30,7 +30,7 @@ _CHAIN = (
     "as http-exception; and SystemRoute -> its handler, a method bound to it, "
     "and its HTTPException"
 )
-_UPSTREAM = "https://github.com/aio-libs/aiohttp/issues/10573"
+_UPSTREAM = "https://github.com/aio-libs/aiohttp/pull/10573"
 
 LEAKS = (
     Leak(

@@ -2,11 +2,9 @@
 
 from aiohttp import web
 
-from ._leak import Affected, Kind, Leak, Remedy, Step, Visit, get
+from ._leak import CLOSE_CANCEL, Affected, Kind, Leak, Remedy, Step, Visit, get
 
 _ALL = Affected()
-# Without a request there is only what close-cancel leaves behind.
-_CLOSE_CANCEL = Affected(since=(3, 10, 6), until=(3, 11, 13), python=(3, 9))
 # It ends as headers do: aiohttp's parser in Python looks at nothing before that.
 _CLIENT_HELLO = (
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64) + b"\r\n\r\n"
@@ -37,24 +35,25 @@ def _leak(variant: str, title: str, visit: Visit, affected: Affected = _ALL) -> 
     )
 
 
+# Three are without a request, and have only what close-cancel leaves behind.
 LEAKS = (
     _leak(
         "probe",
         "a probe: a connection without a request",
         (Step.ACCEPTED,),
-        _CLOSE_CANCEL,
+        CLOSE_CANCEL,
     ),
     _leak(
         "probe-reset",
         "a probe that is reset",
         (Step.ACCEPTED, Step.RESET),
-        _CLOSE_CANCEL,
+        CLOSE_CANCEL,
     ),
     _leak(
         "partial",
         "the client closes in the middle of the headers",
         (b"GET / HT", Step.ACCEPTED),
-        _CLOSE_CANCEL,
+        CLOSE_CANCEL,
     ),
     _leak("malformed", "a malformed request line", (b"not HTTP\r\n\r\n", Step.BYTES)),
     _leak("header", "a malformed header", (get("/", "bad header"), Step.BYTES)),
