@@ -15,7 +15,6 @@ __all__ = (
     "NOT_HERE",
     "draw",
     "make_writer",
-    "positive",
     "quick_to_interrupt",
     "say",
     "show_progress",
@@ -33,15 +32,13 @@ _STYLES = {
 }
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
-
-
 def up_to(most: int) -> Callable[[str], int]:
     def limited(text: str) -> int:
-        number = positive(text)
+        number = int(text) if text.isdecimal() else 0
+        if number == 0:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number from 1 up"
+            )
         if number > most:
             raise argparse.ArgumentTypeError(f"{text} is more than {most}, the most")
         return number

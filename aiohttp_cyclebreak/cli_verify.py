@@ -16,10 +16,10 @@ from .cli_terminal import (
     NOT_HERE,
     draw,
     make_writer,
-    positive,
     quick_to_interrupt,
     say,
     show_progress,
+    up_to,
     wrap,
 )
 from .leaks import CATALOGUE, Leak, Remedy
@@ -83,7 +83,7 @@ def add_verify(commands: Any) -> None:
     )
     parser.add_argument(
         "--requests",
-        type=positive,
+        type=up_to(1_000_000),
         default=20,
         metavar="N",
         help="how many times each leak is set off, which takes one request or more "

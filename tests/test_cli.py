@@ -203,6 +203,7 @@ def test_an_id_is_its_variants_too(chosen: List[str], ids: List[str]) -> None:
         (["verify", "--requests", "0"], ["'0'", "whole number from 1 up"]),
         (["verify", "--requests", "-1"], ["'-1'", "whole number from 1 up"]),
         (["verify", "--requests", "few"], ["'few'", "whole number from 1 up"]),
+        (["verify", "--requests", "1000001"], ["more than 1000000"]),
         (["verify", "--list", "--json"], ["not allowed with"]),
         (["verify", "--lea", "payload"], ["--lea"]),
         (["certify"], ["verify"]),
