@@ -55,6 +55,23 @@ def test_it_knows_nothing_of_aiohttp() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_a_type_has_no_bases_yet() -> None:
+    """Before CPython 3.10 that of what ``async for`` awaits, in a new process."""
+    program = (
+        "import sys\n"
+        "from aiohttp_cyclebreak.exceptions import attributes_of, is_instance, mro_of\n"
+        "async def ticks():\n"
+        "    yield\n"
+        "step = ticks().__anext__()\n"
+        "known = type.__dict__['__mro__'].__get__(type(step)) is not None\n"
+        "assert known is (sys.version_info >= (3, 10))\n"
+        "assert not is_instance(step, int)\n"
+        "assert (object in mro_of(type(step))) is known\n"
+        "attributes_of(step)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def caught(raiser: Callable[[], Any]) -> BaseException:
     try:
         raiser()
