@@ -36,6 +36,7 @@ from .exceptions import (
     frames_of,
     graph,
     leads_on,
+    links_of,
     traceback_of,
     would_be_gone,
 )
@@ -486,6 +487,8 @@ def sort_out(
         if own:
             sorted_out.ready.append((root, own))
     sorted_out.kept.update(kept)
+    if sorted_out.in_flight:
+        _spare_causes(sorted_out)
     running = {id(frame) for exc in sorted_out.in_flight for frame in frames_of(exc)}
     if running:  # what shares a frame with one of those is to be looked at again too
         for _, own in sorted_out.ready:
@@ -493,6 +496,30 @@ def sort_out(
                 exc for exc in own if any(id(f) in running for f in frames_of(exc))
             ]
     return sorted_out
+
+
+def _spare_causes(sorted_out: SortedOut) -> None:
+    """Leave what somebody runs with its causes, to be looked at again as that is.
+
+    The traceback of a cause ends where it was caught, which may be in a function that
+    is over, while who runs with what was raised from it still reports both.
+    """
+    needed: Set[int] = set()
+    found = list(sorted_out.in_flight)
+    while found:
+        exc = found.pop()
+        if id(exc) not in needed:
+            needed.add(id(exc))
+            found += [target for _, target in links_of(exc)]
+    ready, sorted_out.ready = sorted_out.ready, []
+    for root, exceptions in ready:
+        own = [exc for exc in exceptions if id(exc) not in needed]
+        if len(own) < len(exceptions):
+            causes = [exc for exc in exceptions if id(exc) in needed]
+            sorted_out.spared.exceptions += causes
+            sorted_out.in_flight += causes
+        if own:
+            sorted_out.ready.append((root, own))
 
 
 class _LeftOver:

@@ -165,6 +165,73 @@ def test_a_background_task_with_an_error_in_hand_keeps_no_request(guard: str) ->
     assert run(main()) <= 1  # the connection's last
 
 
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_background_task_has_the_cause_of_its_error_in_hand_too(guard: str) -> None:
+    """Each request is refused from that error, and reported with all of its causes."""
+    errors: List[BaseException] = []
+    found: List[Any] = []
+
+    def look(exc: Optional[BaseException]) -> None:
+        """Note where the causes come from, with a local of each."""
+        names = []
+        while exc is not None:
+            for frame, _ in traceback.walk_tb(exc.__traceback__):
+                names.append((frame.f_code.co_name, frame.f_locals.get("local")))
+            exc = exc.__cause__
+        found.append(names)
+
+    def resolve() -> None:
+        local = "of the cause"
+        raise OSError(local)
+
+    def connect() -> None:
+        local = "of the error"
+        try:
+            resolve()
+        except OSError as exc:
+            raise ConnectionError(local) from exc
+
+    async def reconnect(go_on: asyncio.Event) -> None:
+        try:
+            connect()
+        except ConnectionError as exc:
+            errors.append(exc)
+            await go_on.wait()
+            look(exc)
+
+    async def refuse(request: web.Request) -> web.Response:
+        look(errors[0])
+        raise web.HTTPServiceUnavailable from errors[0]
+
+    async def main(guard: Guard) -> List[Any]:
+        go_on = asyncio.Event()
+        task = asyncio.ensure_future(reconnect(go_on))
+        await asyncio.sleep(0)
+        app = web.Application()
+        app.router.add_get("/", refuse)
+        guard(app)
+        async with serve(app) as service:
+            for _ in range(3):
+                await service.ask()
+                await service.settle()
+            go_on.set()
+            await task
+        errors.clear()
+        reports = list(found)
+        found.clear()
+        return reports
+
+    expected = run(main(lambda app: None))
+    whole = [
+        ("reconnect", None),
+        ("connect", "of the error"),
+        ("connect", "of the error"),
+        ("resolve", "of the cause"),
+    ]
+    assert expected == [whole] * 4
+    assert run(main(GUARDS[guard])) == expected
+
+
 def deep() -> None:
     raise web.HTTPBadRequest(text="from the deep")
 
