@@ -516,3 +516,44 @@ def test_a_client_that_goes_away_while_aiohttp_waits_for_its_body() -> None:
 
     expected = int(AIOHTTP >= (3, 8, 2))
     assert run(main(lambda app: None)) == run(main(setup)) == expected
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="no task is started eagerly")
+@pytest.mark.parametrize("failing", [1, 2])
+def test_what_gather_does_not_raise_of_tasks_that_are_started_eagerly(
+    failing: int,
+) -> None:
+    """Each that fails at once has itself in a frame of its traceback, gh-128552."""
+    eagerly: Any = vars(asyncio).get("eager_task_factory")
+
+    async def fail(request: web.Request) -> None:
+        raise LookupError
+
+    async def gather(request: web.Request) -> web.Response:
+        await asyncio.gather(*(fail(request) for _ in range(failing)))
+        return web.Response()
+
+    async def is_in_a_circle() -> bool:
+        task = asyncio.create_task(fail(web.Request.__new__(web.Request)))
+        assert task.exception() is not None
+        found = weakref.ref(task)
+        del task
+        return found() is not None
+
+    async def left(guard: Callable[[web.Application], Any]) -> Tuple[bool, int]:
+        asyncio.get_running_loop().set_task_factory(eagerly)
+        app = web.Application()
+        app.router.add_get("/", gather)
+        guard(app)
+        with no_collector():
+            circle = await is_in_a_circle()
+            before = len(alive())
+            async with serve(app) as service:
+                for _ in range(3):
+                    assert (await service.ask())[0] == 500
+                await service.settle()
+                return circle, len(alive()) - before
+
+    circle, kept = run(left(lambda app: None))
+    assert kept >= 3 or not circle
+    assert run(left(setup)) == (circle, 3 if circle and failing > 1 else 0)
