@@ -765,7 +765,7 @@ def forget_missing_route(request: web.BaseRequest) -> None:
     """Open the reference cycle of the route that stands for a 404 or 405.
 
     ``SystemRoute._handler`` is a method bound to the route itself: 3.8 to 3.14
-    (aiohttp issue #10573).  The route stays usable.
+    (aiohttp pull request #10573).  The route stays usable.
 
     ``StreamResponse._req`` of the answer, which the route has: 3.8 to 3.14.  One that
     was sent to its end has let go of its request; not so if the client has gone before.
