@@ -689,6 +689,23 @@ def test_out_of_time() -> None:
     assert found(target, budget=60.0).kind == "permanent"
 
 
+def test_out_of_time_behind_an_application() -> None:
+    """It may be garbage, as here: that it holds something for good is not known yet."""
+    key: Any = "kept" if AIOHTTP < (3, 9) else web.AppKey("kept", list)
+    app = web.Application()
+    app[key] = [Target()]
+    looking = Looking(app[key][0], most=1000)
+    del app
+    while not any(type(each) is web.Application for each in looking._search._objects):
+        assert looking.step()
+    looking.give_up()
+    chain = looking.chain()
+    looking.end()
+    assert chain is not None
+    assert chain.kind == "unknown"
+    assert any(link.type.endswith("Application") for link in chain.links)
+
+
 def test_a_popular_holder() -> None:
     """Of those that hold it too, only some are looked at, and all that end it."""
     many, most = 10_000, 50
