@@ -1140,6 +1140,54 @@ def test_few_tasks_are_looked_into_for_what_is_left_over(
     assert max(looked) == 1
 
 
+def test_a_request_that_was_being_sent_when_its_exception_was_severed() -> None:
+    """It is behind the frames that were emptied then: the next one looks at it."""
+    kept: List[BaseException] = []
+
+    async def main(install: Guard) -> int:
+        app = web.Application()
+        failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def swallow(request: web.Request) -> web.Response:
+            try:
+                await failed
+            except LookupError as exc:
+                kept.append(exc)
+            return web.Response(body=bytes(8_000_000))  # more than the buffers take
+
+        async def fail(request: web.Request) -> web.Response:
+            raise kept[0]
+
+        async def store(request: web.Request) -> web.Response:
+            request["error"] = kept[0]
+            return web.Response()
+
+        for handler in (swallow, fail, store):
+            app.router.add_get(f"/{handler.__name__}", handler)
+        install(app)
+        failed.set_exception(LookupError())
+        async with serve(app) as service:
+            with no_collector():
+                before = len(alive())
+                client = await service.connect()
+                await client.get("/swallow")
+                while not kept:
+                    await asyncio.sleep(0)
+                await spin()
+                assert (await service.ask("/fail"))[0] == 500
+                assert (await client.answer())[0] == 200
+                client.close()
+                await service.settle()
+                assert (await service.ask("/store"))[0] == 200
+                await service.settle()
+                return len(alive()) - before
+
+    assert run(main(lambda app: None)) >= 2
+    kept.clear()
+    gc.collect()
+    assert run(main(setup)) == 0
+
+
 @pytest.mark.parametrize("status", [200, 500, 502, 503])
 def test_what_many_have_is_not_walked_by_each_of_them(
     status: int, monkeypatch: pytest.MonkeyPatch
