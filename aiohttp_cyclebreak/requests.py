@@ -234,7 +234,7 @@ class FollowedRequest(Holder):
                 self._note_outcomes()
             asks_nobody = self.are_default and not self.left_alone
             for serving in self.calls:
-                if asks_nobody and not serving.over and serving.unread():
+                if asks_nobody and serving.unread():
                     _look_later(serving)
                 serving.over = True
                 for error in serving.errors():
