@@ -173,11 +173,11 @@ class FollowedRequest(Holder):
     def sever_older_ones(self) -> None:
         try:
             self.is_scheduled = False
-            if not hasattr(self, "request"):
-                return  # it has ended
+            if self.reference is None:
+                return  # it has ended meanwhile
             own = internals.request_task(self.request)
-            if own is None or FOLLOWED not in self.request.__dict__:
-                return  # as above
+            if own is None:
+                return  # it is about to
             self.callers[id(own)] = ref(own)
             tasks = _alive(self.callers.values())
             going_on = [task for task in tasks if not task.done()]

@@ -977,6 +977,64 @@ def test_a_request_that_goes_on_and_on_keeps_few_of_its_failures(
     assert left == 0
 
 
+@pytest.mark.parametrize("size", [0, 8_000_000], ids=["ended", "being sent"])
+def test_a_task_fails_for_the_hundredth_time_when_its_request_has_been_answered(
+    size: int,
+) -> None:
+    """What it has failed with is severed when the request ends, or has been by then."""
+    kept: List[BaseException] = []
+
+    async def fail(request: web.Request) -> web.Response:
+        raise LookupError
+
+    async def main(guarded: bool) -> int:
+        function = break_cycles(fail) if guarded else fail
+        tasks: List[asyncio.Future[None]] = []
+
+        async def fail_and_keep(request: web.Request) -> None:
+            try:
+                await function(request)
+            except LookupError as exc:
+                kept.append(exc)
+
+        async def handler(request: web.Request) -> web.Response:
+            for _ in range(MOST_NOTED - 1):
+                await fail_and_keep(request)
+            loop = asyncio.get_running_loop()
+            go = loop.create_future()
+
+            async def fail_at_the_end() -> None:
+                await go
+                await fail_and_keep(request)
+
+            tasks.append(asyncio.ensure_future(fail_at_the_end()))
+            # Once both wait for it; this goes on first.
+            loop.call_soon(loop.call_soon, go.set_result, None)
+            await go
+            return web.Response(body=bytes(size))
+
+        app = web.Application()
+        app.router.add_get("/", handler)
+        async with serve(app) as service:
+            with no_collector():
+                before = len(alive())
+                client = await service.connect()
+                await client.get()
+                while not tasks or not tasks[0].done():
+                    await asyncio.sleep(0)
+                assert (await client.answer())[0] == 200
+                client.close()
+                await service.settle()
+                tasks.clear()
+                assert len(kept) == MOST_NOTED
+                return len(alive()) - before
+
+    assert run(main(guarded=False)) == 1
+    kept.clear()
+    gc.collect()
+    assert run(main(guarded=True)) == 0
+
+
 @pytest.mark.parametrize(
     "how", ["retried", "clones that fail", "clones that refuse", "clones that succeed"]
 )
