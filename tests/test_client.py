@@ -1913,6 +1913,34 @@ class WithoutContent(aiohttp.ClientResponse):
         return self
 
 
+def test_a_call_that_is_thrown_away_with_its_loop() -> None:
+    """It has not failed: nobody is there any more who could have that in hand."""
+    ended: List[BaseException] = []
+
+    async def note_end(session: Any, context: Any, params: Any) -> None:
+        ended.append(params.exception)
+
+    async def main() -> Any:
+        trace_config = aiohttp.TraceConfig()
+        signals: Any = trace_config
+        signals.on_request_exception.append(note_end)
+        session = aiohttp.ClientSession(
+            trace_configs=[client_cyclebreak(), trace_config]
+        )
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            task = asyncio.ensure_future(call(session, url))
+            while not [each for each in alive(ResponseHandler) if each.transport]:
+                await asyncio.sleep(0)
+            await spin()
+        return session, task.get_coro()
+
+    session, coroutine = run(main())
+    coroutine.close()
+    assert [type(each) for each in ended] == [GeneratorExit]
+    run(session.close())
+
+
 def test_a_call_succeeds_that_cannot_be_followed() -> None:
     """There is no stream to look at, or no session to change."""
     with pytest.warns(DeprecationWarning, match="ClientSession"):
