@@ -202,12 +202,9 @@ class Connection:
             return
         self.take_back()
         found = [exc, *internals.kept_exceptions(raised_by)]
-        if request is None:
-            self.sever_shared(found)
-        else:
-            # A task that was started eagerly handles this request before all callbacks
-            # of the earlier one's task have run.
-            asyncio.get_running_loop().call_soon(self.sever_shared, found)
+        # A task that was started eagerly handles this request before all callbacks of
+        # the earlier one's task have run.
+        asyncio.get_running_loop().call_soon(self.sever_shared, found)
 
     def sever_shared(self, exceptions: List[BaseException]) -> None:
         """Sever what no request has noted, and not only aiohttp has."""

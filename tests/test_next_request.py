@@ -1545,6 +1545,50 @@ def test_what_is_put_off_is_nobody_elses_for_long(api: str, is_idle: bool) -> No
 
 
 @pytest.mark.parametrize("api", GUARDS)
+def test_what_a_task_raises_again_when_its_connection_ends(api: str) -> None:
+    """It is left until the task is done with it, and the connection is forgotten."""
+
+    async def main(install: Guard) -> int:
+        go_on = asyncio.Event()
+        tasks: List[asyncio.Future[None]] = []
+
+        async def raise_again(exc: web.HTTPException) -> None:
+            try:
+                raise exc
+            except web.HTTPException:
+                await go_on.wait()
+                assert has_local(exc, "refuse", "marker")
+
+        async def prepare(request: web.Request, response: Any) -> None:
+            tasks.append(asyncio.ensure_future(raise_again(response)))
+
+        app = application()
+        app.on_response_prepare.append(prepare)
+        install(app)
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                server: Any = service.runner.server
+                for number in range(3):
+                    client = await service.connect()
+                    assert await ask(client, f"/refuse/{number}") == 400
+                    client.close()
+                    while server.connections:
+                        await asyncio.sleep(0)
+                    await spin()
+                assert not connections.keeping_connections
+                go_on.set()
+                await asyncio.gather(*tasks)
+                tasks.clear()
+                for left_over in list(holders._left_over.values()):
+                    left_over.look()  # as its timer does
+            return len(alive()) - before
+
+    assert run(main(lambda app: None)) == 3
+    assert run(main(GUARDS[api])) == 0
+
+
+@pytest.mark.parametrize("api", GUARDS)
 def test_an_answer_that_fails_keeps_nothing(api: str) -> None:
     """The request has succeeded; what fails comes after all middlewares."""
 
