@@ -329,7 +329,7 @@ def leave_alone(request: web.BaseRequest, left_alone: bool) -> None:
         for each in [request] if original is request else [request, original]:
             followed = follow(each, None)
             # One of very many clones is followed as its original.
-            if followed is not None and (left_alone or followed.request is each):
+            if followed is not None and followed.request is each:
                 followed.left_alone = left_alone
     except Exception:
         complain("opting out")

@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractView
 
 from aiohttp_cyclebreak import BreakEvent, break_cycles, keep_cycles, setup
+from aiohttp_cyclebreak.holders import MOST_NOTED
 
 from .service import alive, no_collector, run, serve
 
@@ -320,6 +321,29 @@ def test_break_cycles_is_of_the_clone_alone() -> None:
     run(answer_500(outer))
     frames = [frame for frame, _ in traceback.walk_tb(kept.pop().__traceback__)]
     assert any("marker" in frame.f_locals for frame in frames)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_very_many_clones_that_opt_in_are_followed_as_one_that_opts_out(
+    keeps: bool,
+) -> None:
+    """It is left alone still."""
+    kept: List[BaseException] = []
+
+    @break_cycles
+    async def inner(request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def outer(request: web.Request) -> web.Response:
+        marker = "audit"
+        for _ in range(MOST_NOTED + 1):
+            await inner(request.clone())
+        kept.append(LookupError(marker))
+        raise kept[-1]
+
+    run(answer_500(keep_cycles(outer) if keeps else outer))
+    frames = [frame for frame, _ in traceback.walk_tb(kept.pop().__traceback__)]
+    assert ("marker" in frames[-1].f_locals) is keeps
 
 
 @pytest.mark.parametrize("keeps", [True, False])
