@@ -142,7 +142,7 @@ def setup(
     options = make_options(clear_frames, keep, on_break, release_body)
     if radar is not None and not isinstance(radar, Radar):
         raise TypeError(f"radar must be a Radar or None, not {radar!r}")
-    if app.middlewares.frozen or app.on_startup.frozen:
+    if app.middlewares.frozen:
         raise RuntimeError(
             f"{app!r} is frozen, it takes no middleware any more: call setup() "
             "before the application is started or added to another one"
