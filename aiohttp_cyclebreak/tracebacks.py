@@ -57,7 +57,7 @@ def drop_older_entries(exc: BaseException, emptied: Container[int]) -> None:
             is_older = key in severed and id(frame) not in new and not is_another
             if is_older and newer:
                 head = _of_first_time(entry, key)
-                if head is entry:
+                if head is entry:  # there is nothing to cut off
                     return
                 if head is not None:
                     _replace(exc, entries[0], _copy(entries[:newer], head))
