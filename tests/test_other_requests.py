@@ -467,7 +467,7 @@ def test_a_worker_that_waits_with_an_instance_keeps_few_requests(
     async def work(goes_on: asyncio.Event) -> None:
         for _ in range(100):  # it has tried for long
             try:
-                connect("the worker's")
+                connect("an earlier one of the worker's")
             except Down:
                 await asyncio.sleep(0)
         try:
