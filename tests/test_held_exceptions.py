@@ -300,6 +300,44 @@ def parse(data: bytes) -> None:
     raise ValueError("bad")
 
 
+@pytest.mark.parametrize("guard", ["appended", "setup"])
+def test_an_instance_that_comes_out_of_generators_is_cut_down_too(guard: str) -> None:
+    """Those go on: their frames, among the others, are not emptied."""
+    instance = LookupError("one for all")
+    generators: List[Any] = []
+
+    def attempts() -> Any:
+        try:
+            raise instance
+        except LookupError as exc:
+            yield exc
+
+    async def handler(request: web.Request) -> web.Response:
+        generators.append(attempts())
+        raise next(generators[-1])
+
+    async def main(guard: Guard) -> List[int]:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        guard(app)
+        entries = []
+        with no_collector():
+            before = len(alive())
+            async with serve(app) as service:
+                for _ in range(6):
+                    assert (await service.ask())[0] == 500
+                    await service.settle()
+                    entries.append(sum(1 for _ in frames_of(instance)))
+            return [len(alive()) - before, entries[-1] - entries[2]]
+
+    left, grown = run(main(lambda app: None))
+    assert left == 6
+    assert grown > 0
+    instance.__traceback__ = None
+    gc.collect()
+    assert run(main(GUARDS[guard])) == [0, 0]
+
+
 @pytest.mark.parametrize("guard", GUARDS)
 def test_frames_that_were_empty_before_are_no_reason(guard: str) -> None:
     """The idiom of six.reraise(): its text stays, the second time too."""
