@@ -42,6 +42,7 @@ from aiohttp_cyclebreak import (
     cyclebreak,
     guard_server,
     keep_cycles,
+    requests,
     setup,
 )
 from aiohttp_cyclebreak.exceptions import frames_of
@@ -1342,8 +1343,17 @@ def test_a_task_that_outlives_its_request_is_on_its_own() -> None:
     run(main())
 
 
-def test_a_body_that_breaks_off_when_the_request_has_ended() -> None:
+def test_a_body_that_breaks_off_when_the_request_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Of calls that are gathered the others go on when the first has failed."""
+    looks: List[None] = []
+
+    def look(*args: Any, look: Any = requests._look_at_unread) -> None:
+        looks.append(None)
+        look(*args)
+
+    monkeypatch.setattr(requests, "_look_at_unread", look)
 
     async def main(guarded: bool, **options: Any) -> int:
         ends: List[asyncio.Future[None]] = []
@@ -1392,9 +1402,14 @@ def test_a_body_that_breaks_off_when_the_request_has_ended() -> None:
                 with no_collector():
                     before = len(alive(web.Request))
                     await fixture.service.ask("/")
+                    looks.clear()
+                    for _ in range(1000):
+                        if not guarded or options or len(looks) > 1:
+                            break
+                        await asyncio.sleep(0.01)
                     ends.pop().set_result(None)
                     await tasks.pop()
-                    for _ in range(100):  # the pause is 0.1 seconds
+                    for _ in range(100):  # the next pause is 0.4 seconds
                         left = len(alive(web.Request)) - before
                         if not guarded or options or not left:
                             break
