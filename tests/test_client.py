@@ -1956,6 +1956,37 @@ def test_a_call_that_is_thrown_away_with_its_loop() -> None:
     run(session.close())
 
 
+def test_calls_that_are_followed_from_the_middle_of_a_request() -> None:
+    """The first session that asks for it is made by its handler."""
+
+    async def main(install: Callable[[web.Application], Any]) -> int:
+        async def handler(request: web.Request) -> web.Response:
+            trace_configs = [client_cyclebreak()]
+            async with aiohttp.ClientSession(trace_configs=trace_configs) as session:
+                with contextlib.suppress(*FAILURES):
+                    await call(session, upstream.url)
+            return web.Response()
+
+        app = web.Application()
+        app.router.add_get("/", handler)
+        install(app)
+        upstream = Upstream(())
+        upstream.start()
+        try:
+            with no_collector():
+                before = len(alive())
+                async with serve(app) as service:
+                    for _ in range(3):
+                        calls.are_followed = False
+                        assert (await service.ask())[0] == 200
+                        await service.settle()
+                return len(alive()) - before
+        finally:
+            upstream.stop()
+
+    assert run(main(setup)) == 0
+
+
 def test_a_call_succeeds_that_cannot_be_followed() -> None:
     """There is no stream to look at, or no session to change."""
     with pytest.warns(DeprecationWarning, match="ClientSession"):
