@@ -1316,6 +1316,7 @@ def test_threads_with_loops_of_their_own_note_the_same_exception() -> None:
 def test_a_collection_does_not_wait_for_a_thread_that_notes_an_exception() -> None:
     """That one may wait, in a finalizer, for a lock of the thread that collects."""
     loop = asyncio.new_event_loop()
+    error = ValueError()
     left = [holders.Holder(loop.create_future())]  # and its loop is closed
     loop.close()
     left[0].note(ValueError())
@@ -1337,7 +1338,10 @@ def test_a_collection_does_not_wait_for_a_thread_that_notes_an_exception() -> No
     assert collected.wait(TIMEOUT / 2)
     for thread in threads:
         thread.join()
-    holders.Holder(loop.create_future()).note(ValueError())
+    last = holders.Holder(loop.create_future())
+    last.note(error)
+    assert list(holders.in_hand) == [id(error)]  # what has gone is taken out by now
+    del last
     assert not holders.in_hand
 
 
