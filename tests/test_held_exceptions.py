@@ -14,14 +14,14 @@ import pytest
 from aiohttp import web
 
 import aiohttp_cyclebreak
-from aiohttp_cyclebreak import break_cycles, cyclebreak, setup
+from aiohttp_cyclebreak import break_cycles, cyclebreak, holders, setup
 from aiohttp_cyclebreak.exceptions import frames_of, graph
 from aiohttp_cyclebreak.frames import COUNTS_ARE_EXACT
 from aiohttp_cyclebreak.holders import MOST_NOTED
 from aiohttp_cyclebreak.requests import FOLLOWED
 from aiohttp_cyclebreak.sever import sever
 
-from .service import AIOHTTP, HANDSHAKE, alive, no_collector, run, serve
+from .service import AIOHTTP, HANDSHAKE, alive, no_collector, run, serve, start
 from .test_hostile_exceptions import Strange
 
 if sys.version_info >= (3, 11):
@@ -1071,6 +1071,43 @@ def test_a_task_fails_for_the_hundredth_time_when_its_request_has_been_answered(
     kept.clear()
     gc.collect()
     assert run(main(guarded=True)) == 0
+
+
+def test_a_request_that_was_followed_and_is_thrown_away_with_its_loop() -> None:
+    """What it raises then is noted in no task."""
+    tasks: List[Any] = []
+
+    @break_cycles
+    async def fail(request: web.Request) -> web.Response:
+        raise LookupError
+
+    async def handler(request: web.Request) -> web.Response:
+        with contextlib.suppress(LookupError):
+            await fail(request)
+        tasks.append(asyncio.current_task())
+        try:
+            await asyncio.get_running_loop().create_future()
+        except GeneratorExit:
+            raise asyncio.CancelledError from None
+        return web.Response()
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        setup(app)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        client = await (await start(runner)).connect()
+        await client.get()
+        while not tasks:
+            await asyncio.sleep(0)
+        client.close()
+
+    run(main())
+    with pytest.raises(asyncio.CancelledError):
+        tasks.pop().get_coro().close()
+    gc.collect()
+    assert not holders.in_hand
 
 
 @pytest.mark.parametrize(
