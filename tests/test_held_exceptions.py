@@ -7,8 +7,9 @@ import sys
 import traceback
 import types
 import weakref
+from collections import deque
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Type
+from typing import Any, Callable, Deque, Dict, List, Optional, Type
 
 import pytest
 from aiohttp import web
@@ -1108,6 +1109,49 @@ def test_a_request_that_was_followed_and_is_thrown_away_with_its_loop() -> None:
         tasks.pop().get_coro().close()
     gc.collect()
     assert not holders.in_hand
+
+
+def test_a_cause_of_what_a_request_goes_on_with_is_left_whole() -> None:
+    """Of many that lead to it the older ones are severed, and the newer are in hand."""
+    outage: Deque[BaseException] = deque()  # where nobody looks for what is in use
+    kept: Deque[BaseException] = deque()
+    seen: List[bool] = []
+
+    def has_local() -> bool:
+        return any("marker" in frame.f_locals for frame in frames_of(outage[0]))
+
+    def connect() -> None:
+        marker = "local"
+        outage.append(ConnectionError(marker))
+        raise outage[0]
+
+    @break_cycles
+    async def fail(request: web.Request) -> web.Response:
+        raise LookupError from outage[0]
+
+    async def handler(request: web.Request) -> web.Response:
+        with contextlib.suppress(ConnectionError):
+            connect()
+        for _ in range(MOST_NOTED + 1):
+            try:
+                await fail(request)
+            except LookupError as exc:
+                kept.append(exc)
+        for _ in range(2):
+            await asyncio.sleep(0)
+        seen.append(has_local())
+        return web.Response()
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        async with serve(app) as service:
+            assert (await service.ask())[0] == 200
+            await service.settle()
+
+    run(main())
+    assert seen == [True]
+    assert not has_local()
 
 
 @pytest.mark.parametrize(
