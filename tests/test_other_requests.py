@@ -592,6 +592,67 @@ def test_one_long_traceback_stays_whole_for_who_has_it_in_hand(dive: Any) -> Non
     assert run(lines(setup)) == run(lines(lambda app: None)) > 220
 
 
+@pytest.mark.parametrize("depth", [10, 200])
+@pytest.mark.parametrize("guard", ["appended", "setup"])
+def test_who_has_a_cause_in_hand_finds_who_has_failed_with_it(
+    guard: str, depth: int
+) -> None:
+    """However long its traceback is: what that one raised has the same frame."""
+    instance = LookupError("one for all")
+    found: List[bool] = []
+
+    def dive(deeper: int) -> None:
+        if not deeper:
+            raise instance
+        dive(deeper - 1)
+
+    async def main() -> None:
+        has_failed, others_are_over = asyncio.Event(), asyncio.Event()
+
+        @web.middleware
+        async def report(request: web.Request, handler: Any) -> web.StreamResponse:
+            try:
+                return await handler(request)  # type: ignore[no-any-return]
+            except LookupError:
+                has_failed.set()
+                await others_are_over.wait()
+                found.append(
+                    any(
+                        frame.f_code is translate.__code__
+                        and "marker" in frame.f_locals
+                        for frame, _ in traceback.walk_tb(instance.__traceback__)
+                    )
+                )
+                raise
+
+        async def fail(request: web.Request) -> web.Response:
+            dive(0)
+            return web.Response()
+
+        async def translate(request: web.Request) -> web.Response:
+            marker = "local"
+            try:
+                dive(depth)
+            except LookupError as exc:
+                raise web.HTTPBadGateway(text=marker) from exc
+            return web.Response()
+
+        app = web.Application(middlewares=[report])
+        app.router.add_get("/fail", fail)
+        app.router.add_get("/translate", translate)
+        GUARDS[guard](app)
+        async with serve(app) as service:
+            first = asyncio.ensure_future(service.ask("/fail"))
+            await has_failed.wait()
+            assert (await service.ask("/translate"))[0] == 502
+            await spin()
+            others_are_over.set()
+            assert (await first)[0] == 500
+
+    run(main())
+    assert found == [True]
+
+
 def test_who_has_an_instance_as_the_outcome_of_a_task_finds_its_own_stack(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -1343,6 +1404,17 @@ def test_a_collection_does_not_wait_for_a_thread_that_notes_an_exception() -> No
     assert list(holders.in_hand) == [id(error)]  # what has gone is taken out by now
     del last
     assert not holders.in_hand
+    taken: List[bool] = []
+
+    def take() -> None:
+        taken.append(holders._changing.acquire(timeout=TIMEOUT))
+        if taken[0]:
+            holders._changing.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    assert taken == [True]  # or this thread would have it still
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows")
