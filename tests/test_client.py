@@ -1593,6 +1593,25 @@ class BrokenOff(Fixture):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
+def test_a_body_that_breaks_off_in_a_handler_that_refuses(loop: str) -> None:
+    """What it raises is something else, outside of any ``except`` block."""
+
+    async def handler(
+        request: web.Request, session: aiohttp.ClientSession, url: str
+    ) -> str:
+        async with session.get(url) as response:
+            with contextlib.suppress(aiohttp.ClientError):
+                await response.read()
+        raise web.HTTPBadGateway
+
+    async def main(guarded: bool) -> Dict[str, int]:
+        async with gateway(handler, Upstream((HALF,)), guarded=guarded) as fixture:
+            return await count_left(fixture)
+
+    assert_stopped(main, loop)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_a_body_that_is_read_when_the_response_is_sent(loop: str) -> None:
     """It breaks off after the handler has returned."""
 
