@@ -1154,6 +1154,63 @@ def test_a_cause_of_what_a_request_goes_on_with_is_left_whole() -> None:
     assert not has_local()
 
 
+def test_what_a_task_has_of_a_request_that_goes_on_goes_with_the_task() -> None:
+    """It has raised the failure itself, and no middleware knows of it."""
+
+    class Down(Exception):
+        """One that allows weak references, as built-in ones do not."""
+
+    kept: Deque[BaseException] = deque()  # where nobody looks for what is in use
+    seen: List[bool] = []
+
+    def look() -> None:
+        seen.append(any("marker" in frame.f_locals for frame in frames_of(kept[0])))
+
+    @break_cycles
+    async def fail(request: web.Request) -> web.Response:
+        marker = "local"
+        raise Down(marker)
+
+    async def raise_again(go_on: asyncio.Event) -> None:
+        try:
+            raise kept[0]
+        except Down:
+            await go_on.wait()
+
+    async def handler(request: web.Request) -> web.Response:
+        go_on = asyncio.Event()
+        task = None
+        for _ in range(MOST_NOTED + 1):
+            try:
+                await fail(request)
+            except Down as exc:
+                kept.append(exc)
+            if task is None:
+                task = asyncio.ensure_future(raise_again(go_on))
+                await asyncio.sleep(0)
+        for _ in range(2):
+            await asyncio.sleep(0)
+        look()
+        go_on.set()
+        assert task is not None
+        await task
+        loop = asyncio.get_running_loop()
+        loop.call_soon(holders._left_over[loop].look)  # as its timer does
+        await asyncio.sleep(0)
+        look()
+        return web.Response()
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/", handler)
+        async with serve(app) as service:
+            assert (await service.ask())[0] == 200
+            await service.settle()
+
+    run(main())
+    assert seen == [True, False]
+
+
 @pytest.mark.parametrize(
     "how", ["retried", "clones that fail", "clones that refuse", "clones that succeed"]
 )
