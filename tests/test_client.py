@@ -1547,6 +1547,69 @@ def test_messages_that_a_task_of_others_handles_leave_no_trace(fails: bool) -> N
     assert run(main()) <= 4
 
 
+def test_a_task_of_others_handles_messages_of_several_requests_in_turn() -> None:
+    """What fails for one of them is not left to the others, which go on."""
+
+    async def main(guarded: bool) -> int:
+        messages: asyncio.Queue[Any] = asyncio.Queue()
+        sessions: List[aiohttp.ClientSession] = []
+        urls: List[str] = []
+
+        async def handle_message(request: web.Request) -> None:
+            with contextlib.suppress(*FAILURES):
+                await read(request, sessions[0], urls[0])
+
+        if guarded:
+            handle_message = break_cycles(handle_message)
+
+        async def work() -> None:
+            while True:
+                request, handled = await messages.get()
+                await handle_message(request)
+                handled.set_result(None)
+                del request, handled
+
+        async def handler(
+            request: web.Request, session: aiohttp.ClientSession, url: str
+        ) -> str:
+            sessions[:], urls[:] = [session], [url]
+            turns[request.path] = asyncio.Queue()
+            while await turns[request.path].get():
+                handled = asyncio.get_running_loop().create_future()
+                messages.put_nowait((request, handled))
+                await handled
+                done.put_nowait(None)
+            return "done"
+
+        turns: Dict[str, asyncio.Queue[bool]] = {}
+        done: asyncio.Queue[None] = asyncio.Queue()
+        worker = asyncio.ensure_future(work())
+        async with gateway(handler, Upstream((HALF,)), guarded=guarded) as fixture:
+            with no_collector():
+                before = len(alive())
+                asked = []
+                for path in ("/stays", "/ends"):
+                    asked.append(asyncio.ensure_future(fixture.service.ask(path)))
+                    while path not in turns:
+                        await asyncio.sleep(0)
+                for path in ("/ends", "/stays", "/ends"):
+                    turns[path].put_nowait(True)
+                    await done.get()
+                turns["/ends"].put_nowait(False)
+                assert (await asked[1])[0] == 200
+                await spin()
+                left = sum(each.path == "/ends" for each in alive())
+                turns["/stays"].put_nowait(False)
+                assert (await asked[0])[0] == 200
+                await fixture.service.settle()
+                assert len(alive()) - before == (0 if guarded else 2)
+        worker.cancel()
+        return left
+
+    assert run(main(False)) == 1
+    assert run(main(True)) == 0
+
+
 @pytest.mark.parametrize("keeps", [True, False])
 def test_keep_cycles_is_of_a_stream_of_failing_calls_too(keeps: bool) -> None:
     """While it goes on, as when it has ended."""
