@@ -2041,18 +2041,19 @@ def test_a_call_that_is_thrown_away_with_its_loop() -> None:
 def test_calls_that_are_followed_from_the_middle_of_a_request() -> None:
     """The first session that asks for it is made by its handler."""
 
-    async def main(install: Callable[[web.Application], Any]) -> int:
+    async def main(guarded: bool) -> int:
         async def handler(request: web.Request) -> web.Response:
-            trace_configs = [client_cyclebreak()]
+            trace_configs = [client_cyclebreak()] if guarded else None
             async with aiohttp.ClientSession(trace_configs=trace_configs) as session:
                 with contextlib.suppress(*FAILURES):
-                    await call(session, upstream.url)
+                    await read(request, session, upstream.url)
             return web.Response()
 
         app = web.Application()
         app.router.add_get("/", handler)
-        install(app)
-        upstream = Upstream(())
+        if guarded:
+            setup(app)
+        upstream = Upstream((HALF,))
         upstream.start()
         try:
             with no_collector():
@@ -2066,7 +2067,8 @@ def test_calls_that_are_followed_from_the_middle_of_a_request() -> None:
         finally:
             upstream.stop()
 
-    assert run(main(setup)) == 0
+    assert run(main(guarded=False)) == 3
+    assert run(main(guarded=True)) == 0
 
 
 def test_a_call_succeeds_that_cannot_be_followed() -> None:
