@@ -897,7 +897,7 @@ def test_an_inner_layer_is_asked_what_to_keep() -> None:
 
 
 def test_a_proxy_that_breaks_off_leaves_a_protocol_and_no_request() -> None:
-    """Of the client, which is in a circle with its parser, where no exception is."""
+    """Of the client, which is in a cycle with its parser, where no exception is."""
 
     async def handler(
         request: web.Request, session: aiohttp.ClientSession, url: str
@@ -2024,15 +2024,15 @@ def test_a_call_that_is_thrown_away_with_its_loop() -> None:
         session = aiohttp.ClientSession(
             trace_configs=[client_cyclebreak(), trace_config]
         )
-        with socket.create_server(("127.0.0.1", 0)) as silent:
-            url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-            task = asyncio.ensure_future(call(session, url))
-            while not [each for each in alive(ResponseHandler) if each.transport]:
-                await asyncio.sleep(0)
-            await spin()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        task = asyncio.ensure_future(call(session, url))
+        while not [each for each in alive(ResponseHandler) if each.transport]:
+            await asyncio.sleep(0)
+        await spin()
         return session, task.get_coro()
 
-    session, coroutine = run(main())
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        session, coroutine = run(main())
     coroutine.close()
     assert [type(each) for each in ended] == [GeneratorExit]
     run(session.close())

@@ -1092,7 +1092,7 @@ def test_a_request_that_was_followed_and_is_thrown_away_with_its_loop() -> None:
             raise asyncio.CancelledError from None
         return web.Response()
 
-    async def main() -> None:
+    async def main() -> Any:
         app = web.Application()
         app.router.add_get("/", handler)
         setup(app)
@@ -1102,11 +1102,12 @@ def test_a_request_that_was_followed_and_is_thrown_away_with_its_loop() -> None:
         await client.get()
         while not tasks:
             await asyncio.sleep(0)
-        client.close()
+        return client
 
-    run(main())
+    client = run(main())
     with pytest.raises(asyncio.CancelledError):
         tasks.pop().get_coro().close()
+    client.close()
     gc.collect()
     assert not holders.in_hand
 

@@ -260,7 +260,7 @@ def test_clients_that_go_away_and_cancel_what_is_sent(handler: Any, loop: str) -
     """The connection's task keeps the cancellation, and its frames the request.
 
     From aiohttp 3.10.6 to 3.11.13 the request has that task; what was raised as the
-    response has the request then, which makes a circle without a frame.  CPython 3.9
+    response has the request then, which makes a cycle without a frame.  CPython 3.9
     and 3.10 keep one cancellation for each task that waits for another.
     """
     is_raised = handler is refuse_at_length

@@ -499,7 +499,7 @@ def test_what_executes_and_is_in_no_thread_may_handle_it() -> None:
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="executing is not told there")
 def test_an_exception_that_who_runs_the_loop_handles_is_in_flight() -> None:
-    """As in another thread.  To look makes no circle through the frame of the look."""
+    """As in another thread.  To look makes no cycle through the frame of the look."""
     gc.collect()
     shared = ValueError("shared")
     try:
