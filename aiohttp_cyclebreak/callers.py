@@ -175,11 +175,14 @@ def note_failed_call(
         beside = internals.error_beside(exc)
         if beside is not None and beside is not exc:
             note_failed_call(beside, task)
+        if task is None:
+            try:
+                task = asyncio.current_task()
+            except RuntimeError:  # it is thrown away, and its loop was closed
+                return
         serving = calls.current.get()
         request = None if serving is None or serving.over else serving.request()
         followed = None if request is None else follow(request, None)
-        if task is None:
-            task = asyncio.current_task()
         if followed is not None and task is not None:
             followed.note_by(exc, task)
             return

@@ -41,6 +41,7 @@ from aiohttp_cyclebreak import (
     client_cyclebreak,
     cyclebreak,
     guard_server,
+    holders,
     keep_cycles,
     requests,
     setup,
@@ -2010,8 +2011,12 @@ class WithoutContent(aiohttp.ClientResponse):
         return self
 
 
-def test_a_call_that_is_thrown_away_with_its_loop() -> None:
-    """It has not failed: nobody is there any more who could have that in hand."""
+@pytest.mark.parametrize("with_loop", [False, True])
+def test_a_call_that_is_thrown_away(with_loop: bool) -> None:
+    """Nobody is there any more who could have in hand what it has failed with.
+
+    That is a ``GeneratorExit``, or that its connection cannot be closed any more.
+    """
     ended: List[BaseException] = []
 
     async def note_end(session: Any, context: Any, params: Any) -> None:
@@ -2029,13 +2034,26 @@ def test_a_call_that_is_thrown_away_with_its_loop() -> None:
         while not [each for each in alive(ResponseHandler) if each.transport]:
             await asyncio.sleep(0)
         await spin()
-        return session, task.get_coro()
+        coroutine: Any = task.get_coro()
+        if not with_loop:
+            coroutine.close()
+            assert not holders.in_hand
+            task.cancel()
+            with contextlib.suppress(RuntimeError, asyncio.CancelledError):
+                await task
+        return session, coroutine
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         session, coroutine = run(main())
-    coroutine.close()
-    assert [type(each) for each in ended] == [GeneratorExit]
-    run(session.close())
+        if with_loop:
+            with pytest.raises(RuntimeError, match="Event loop is closed"):
+                coroutine.close()
+            assert not holders.in_hand
+    assert [type(each) for each in ended] == [
+        RuntimeError if with_loop else GeneratorExit
+    ]
+    with contextlib.suppress(RuntimeError):
+        run(session.close())
 
 
 def test_calls_that_are_followed_from_the_middle_of_a_request() -> None:
