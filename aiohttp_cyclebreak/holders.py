@@ -517,7 +517,8 @@ def _spare_causes(sorted_out: SortedOut) -> None:
         if len(own) < len(exceptions):
             causes = [exc for exc in exceptions if id(exc) in needed]
             sorted_out.spared.exceptions += causes
-            sorted_out.in_flight += causes
+            # First: of very many a connection keeps the last, which lead to them.
+            sorted_out.in_flight[:0] = causes
         if own:
             sorted_out.ready.append((root, own))
 

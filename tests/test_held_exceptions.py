@@ -22,7 +22,7 @@ from aiohttp_cyclebreak.holders import MOST_NOTED
 from aiohttp_cyclebreak.requests import FOLLOWED
 from aiohttp_cyclebreak.sever import sever
 
-from .service import AIOHTTP, HANDSHAKE, alive, no_collector, run, serve, start
+from .service import AIOHTTP, HANDSHAKE, alive, no_collector, run, serve, spin, start
 from .test_hostile_exceptions import Strange
 
 if sys.version_info >= (3, 11):
@@ -231,6 +231,69 @@ def test_a_background_task_has_the_cause_of_its_error_in_hand_too(guard: str) ->
     ]
     assert expected == [whole] * 4
     assert run(main(GUARDS[guard])) == expected
+
+
+@pytest.mark.parametrize("causes", [0, 2, 10])
+@pytest.mark.parametrize("guard", GUARDS)
+def test_an_error_in_hand_waits_with_the_connection_however_many_causes_it_has(
+    guard: str, causes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a built-in one: only the connection holds it until the task is done."""
+    monkeypatch.setattr(holders, "_SOON", 0.0)
+
+    def fail(times: int) -> None:
+        if not times:
+            raise LookupError
+        try:
+            fail(times - 1)
+        except LookupError as exc:
+            raise LookupError from exc
+
+    async def main(guard: Guard) -> int:
+        go_on = asyncio.Event()
+        errors: asyncio.Queue[BaseException] = asyncio.Queue()
+
+        async def work() -> None:
+            try:
+                raise await errors.get()
+            except LookupError:
+                await go_on.wait()
+
+        async def refuse(request: web.Request) -> web.Response:
+            try:
+                fail(causes)
+            except LookupError as exc:
+                error = exc  # a cycle of its own
+            errors.put_nowait(error)
+            await spin()
+            raise web.HTTPServiceUnavailable from error
+
+        async def succeed(request: web.Request) -> web.Response:
+            return web.Response()
+
+        task = asyncio.ensure_future(work())
+        app = web.Application()
+        app.router.add_get("/refuse", refuse)
+        app.router.add_get("/succeed", succeed)
+        guard(app)
+        with no_collector():
+            async with serve(app) as service:
+                client = await service.connect()
+                await client.get("/refuse")
+                assert (await client.answer())[0] == 503
+                await spin()  # what is left over is looked at, and not held for longer
+                go_on.set()
+                await task
+                del task
+                await client.get("/succeed")
+                assert (await client.answer())[0] == 200
+                client.close()
+                await service.settle()
+            return sum(each.path == "/refuse" for each in alive())
+
+    assert run(main(lambda app: None)) == 1
+    gc.collect()
+    assert run(main(GUARDS[guard])) == 0
 
 
 def deep() -> None:
@@ -1114,6 +1177,14 @@ def test_a_request_that_was_followed_and_is_thrown_away_with_its_loop() -> None:
     assert not holders.in_hand
 
 
+async def answer_200(handler: Any) -> None:
+    app = web.Application()
+    app.router.add_get("/", handler)
+    async with serve(app) as service:
+        assert (await service.ask())[0] == 200
+        await service.settle()
+
+
 def test_a_cause_of_what_a_request_goes_on_with_is_left_whole() -> None:
     """Of many that lead to it the older ones are severed, and the newer are in hand."""
     outage: Deque[BaseException] = deque()  # where nobody looks for what is in use
@@ -1145,14 +1216,7 @@ def test_a_cause_of_what_a_request_goes_on_with_is_left_whole() -> None:
         seen.append(has_local())
         return web.Response()
 
-    async def main() -> None:
-        app = web.Application()
-        app.router.add_get("/", handler)
-        async with serve(app) as service:
-            assert (await service.ask())[0] == 200
-            await service.settle()
-
-    run(main())
+    run(answer_200(handler))
     assert seen == [True]
     assert not has_local()
 
@@ -1203,14 +1267,7 @@ def test_what_a_task_has_of_a_request_that_goes_on_goes_with_the_task() -> None:
         look()
         return web.Response()
 
-    async def main() -> None:
-        app = web.Application()
-        app.router.add_get("/", handler)
-        async with serve(app) as service:
-            assert (await service.ask())[0] == 200
-            await service.settle()
-
-    run(main())
+    run(answer_200(handler))
     assert seen == [True, False]
 
 
