@@ -556,5 +556,7 @@ def test_what_gather_does_not_raise_of_tasks_that_are_started_eagerly(
                 return is_cyclic, len(alive()) - before
 
     is_cyclic, kept = run(left(lambda app: None))
-    assert kept >= 3 or not is_cyclic
-    assert run(left(setup)) == (is_cyclic, 3 if is_cyclic and failing > 1 else 0)
+    if not is_cyclic:
+        pytest.skip("this release of CPython makes no such cycle")
+    assert kept == 3
+    assert run(left(setup))[1] == (3 if failing > 1 else 0)
